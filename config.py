@@ -1,0 +1,164 @@
+"""Settings: the fields that the scripts share, and reading them from flags and YAML with every problem said at once."""
+
+import difflib
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+
+import yaml
+from transformers import HfArgumentParser
+
+from data.examples import DataError
+from prompts import SYSTEM_PROMPT, PolicyError
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+EMBEDDED_POLICY = str(Path(__file__).parent / "data" / "tiny_policy")
+
+
+class ConfigError(ValueError):
+    """Settings that cannot work. The message names every one of them, what is valid, and the fix."""
+
+
+def option(default, help: str, choices: tuple | None = None):
+    """A dataclass field with its help text and, if given, its valid values."""
+    metadata = {"help": help + (f" One of: {', '.join(map(str, choices))}." if choices else ""), "choices": choices}
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+@dataclass
+class PolicyConfig:
+    """Which policy, on which data: the fields that every script has."""
+
+    model: str = option("data/tiny_policy", "Policy: a local folder or a Hub id such as Qwen/Qwen3-VL-4B-Instruct.")
+    revision: str | None = option(None, "Branch, tag or commit of a Hub model.")
+    adapter: str | None = option(None, "Folder or Hub id of a LoRA adapter to start from.")
+    load_in_4bit: bool = option(False, "Load the language model in 4 bits (NF4, bitsandbytes).")
+    dtype: str = option("auto", "Number format of the weights; auto takes the checkpoint's own.", DTYPES)
+    max_pixels: int | None = option(None, "Shrink pictures to at most this many pixels (area) before they are tokens.")
+    system_prompt: str = option(SYSTEM_PROMPT, "Text of the system turn; an empty one leaves the turn out.")
+    data: str = option("scenes", "Examples: .jsonl, .parquet, a datasets folder, a Hub id, scenes or scenes:heldout.")
+    split: str = option("train", "Split of a datasets folder or a Hub dataset.")
+    limit: int | None = option(None, "Use only the first so many examples.")
+    bad_rows: str = option("error", "What to do about examples that cannot be used.", ("error", "skip"))
+    sampling_tokens: int = option(2048, "Sample as many groups side by side as have this many tokens at full length.")
+    seed: int = option(0, "Seed of everything random.")
+
+    def policy_arguments(self, lora_rank: int) -> dict:
+        """Keyword arguments for vlm.load_policy."""
+        model = EMBEDDED_POLICY if self.model == "data/tiny_policy" else self.model
+        names = ("revision", "adapter", "load_in_4bit", "dtype", "max_pixels")
+        return {"model": model, "lora_rank": lora_rank} | {name: getattr(self, name) for name in names}
+
+    def problems(self) -> list[str]:
+        """What is wrong, one sentence each. Subclasses add theirs."""
+        found = []
+        for entry in fields(self):
+            choices, value = entry.metadata["choices"], getattr(self, entry.name)
+            if choices and value not in choices:
+                found.append(f"{entry.name}={value!r}: valid are {', '.join(map(repr, choices))}")
+        found += at_least(self, 1, "limit", "max_pixels", "sampling_tokens")
+        return found
+
+
+@dataclass
+class SamplingConfig:
+    """How completions are drawn."""
+
+    num_generations: int = option(8, "Completions per prompt (the group size G).")
+    max_new_tokens: int = option(64, "Longest completion in tokens.")
+    temperature: float = option(1.0, "Sampling temperature; entropies and log-probs are taken at the same one.")
+    top_p: float = option(0.9, "Sample from the smallest set of tokens with this much probability; 1 is all.")
+
+    def problems(self) -> list[str]:
+        found = at_least(self, 1, "num_generations", "max_new_tokens") + super().problems()
+        if self.temperature <= 0:
+            found.append(f"temperature={self.temperature}: give more than 0 (1.0 samples from the policy itself)")
+        if not 0 < self.top_p <= 1:
+            found.append(f"top_p={self.top_p}: give more than 0, at most 1")
+        return found
+
+
+def at_least(config, lowest: float, *names: str) -> list[str]:
+    """A sentence for every named field that is below `lowest`; None passes."""
+    values = {name: getattr(config, name) for name in names}
+    return [
+        f"{name}={value}: give {lowest} or more"
+        for name, value in values.items()
+        if value is not None and value < lowest
+    ]
+
+
+def read_config(config_class: type, arguments: list[str]):
+    """A checked config from command-line arguments.
+
+    `--config FILE.yaml` may hold any field; a flag given beside it wins. YAML values take the same way as flags, so
+    they meet the same type checks.
+
+    Raises:
+        ConfigError: unknown fields, values of the wrong type, and everything that the class's problems() finds.
+    """
+    parser = HfArgumentParser(config_class, prog=Path(sys.argv[0]).name, allow_abbrev=False)
+    parser.description = config_class.__doc__
+    parser.add_argument("--config", metavar="FILE.yaml", help="YAML file of fields; flags given beside it win.")
+    valid = [entry.name for entry in fields(config_class)]
+    found: list[str] = []
+
+    def complain(message: str):
+        raise ConfigError(f"{message}\nsee {parser.prog} --help")
+
+    parser.error = complain
+    pairs, rest = parser.parse_known_args(arguments)
+    if pairs.config is not None:
+        from_file = _yaml_arguments(Path(pairs.config), valid, found)
+        at = next(i for i, argument in enumerate(arguments) if argument.split("=")[0] == "--config")
+        # In front of the flags, so that a flag comes last and wins.
+        pairs, rest = parser.parse_known_args(from_file + arguments[:at] + arguments[at:])
+    del pairs.config
+    for argument in rest:
+        if argument.startswith("--"):
+            found.append(_unknown(argument[2:].split("=")[0], valid))
+        elif not any(entry.startswith("--") for entry in rest):
+            found.append(f"{argument!r} belongs to no field: fields are given as --name value")
+    config = config_class(**{name: value for name, value in vars(pairs).items() if name in valid})
+    found += config.problems()
+    if found:
+        raise ConfigError("\n".join(dict.fromkeys(found)))
+    return config
+
+
+def _yaml_arguments(path: Path, valid: list[str], found: list[str]) -> list[str]:
+    """The fields of a YAML file as flags; unknown ones go to `found`."""
+    try:
+        settings = yaml.safe_load(path.read_text())
+    except (OSError, yaml.YAMLError) as error:
+        raise ConfigError(f"config={str(path)!r} cannot be read as YAML: {error}") from error
+    if not isinstance(settings, dict):
+        raise ConfigError(f"config={str(path)!r}: give one field per line, such as `max_steps: 100`")
+    arguments = []
+    for name, value in settings.items():
+        if name not in valid:
+            found.append(f"{path.name}: {_unknown(str(name), valid)}")
+        elif value is not None:
+            values = value if isinstance(value, list) else [value]
+            # "=" also carries values that begin with a dash, such as attention_layers: -1.
+            single = not isinstance(value, list)
+            arguments += [f"--{name}={values[0]}"] if single else [f"--{name}", *map(str, values)]
+    return arguments
+
+
+def _unknown(name: str, valid: list[str]) -> str:
+    near = difflib.get_close_matches(name, valid, n=2)
+    return f"unknown field {name!r}" + (
+        f": did you mean {' or '.join(near)}?" if near else f"; valid: {', '.join(valid)}"
+    )
+
+
+def run_command(config_class: type, main: Callable) -> None:
+    """Read the config, run main, and turn a problem of the user's into one message and exit code 1."""
+    try:
+        main(read_config(config_class, sys.argv[1:]))
+    except (ConfigError, DataError, PolicyError) as error:
+        sys.exit(f"{Path(sys.argv[0]).name}: {error}")

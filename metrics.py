@@ -1,0 +1,74 @@
+"""What is measured in a training step: every reward component, what drives the advantages, and time by stage."""
+
+import math
+import time
+from collections.abc import Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from reward import COMPONENTS
+from rollout import Group
+
+
+def group_metrics(group: Group, scores: dict[str, Tensor], advantages: Tensor, config) -> dict[str, float]:
+    """What is logged about one group; the means over all groups of a step are that step's metrics.
+
+    `variance/…` are sums of squared advantages, in total and by component (they add up to the total): together they
+    say which reward the policy is really following. `square/…` turn into standard deviations in step_metrics.
+    """
+    metrics = {}
+    for name, values in scores.items():
+        known = values[~values.isnan()]
+        metrics[f"reward/{name}"] = known.mean().item() if len(known) else math.nan
+        metrics[f"square/{name}"] = known.square().mean().item() if len(known) else math.nan
+    scale = scores["total"].std().item() + 1e-4 if config.advantage_scale == "group" else 1.0
+    metrics["variance/total"] = advantages.square().sum().item()
+    for name in COMPONENTS:
+        part = getattr(config, f"{name}_weight") * (scores[name] - scores[name].mean()) / scale  # (G,)
+        metrics[f"variance/{name}"] = (part * advantages).sum().item()
+    lengths = torch.tensor([float(len(completion)) for completion in group.completions])
+    metrics["zero_advantage_groups"] = float(advantages.abs().max() < 1e-6)
+    metrics["entropy"] = torch.cat(group.statistics.entropies).mean().item()
+    metrics["completion_length"] = lengths.mean().item()
+    metrics["truncated"] = sum(group.truncated) / len(group.truncated)
+    return metrics
+
+
+def step_metrics(rows: Sequence[dict[str, float]]) -> dict[str, float]:
+    """Metrics of a step from those of its groups: means over the groups that have a value, deviations, shares."""
+    metrics = {}
+    for name in rows[0]:
+        known = [row[name] for row in rows if not math.isnan(row[name])]
+        metrics[name] = sum(known) / len(known) if known else None  # JSON has no NaN
+    for name in [name for name in metrics if name.startswith("square/")]:
+        square, mean = metrics.pop(name), metrics[name.replace("square/", "reward/")]
+        deviation = None if mean is None else math.sqrt(max(0.0, square - mean**2))
+        metrics[name.replace("square/", "reward_std/")] = deviation
+    total = metrics.pop("variance/total")
+    for name in COMPONENTS:
+        part = metrics.pop(f"variance/{name}")
+        metrics[f"advantage_share/{name}"] = part / total if total else 0.0
+    return metrics
+
+
+class StageClock:
+    """Seconds and tokens of each stage of a step."""
+
+    def __init__(self):
+        self.seconds, self.tokens = {}, {}
+
+    @contextmanager
+    def stage(self, name: str, device: torch.device):
+        begin = time.perf_counter()
+        yield
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)  # else the time of queued kernels would go to the next stage
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - begin
+
+    def metrics(self) -> dict[str, float]:
+        seconds = {f"time/{name}_seconds": value for name, value in self.seconds.items()}
+        return seconds | {
+            f"time/{name}_tokens_per_second": self.tokens[name] / value for name, value in self.seconds.items()
+        }

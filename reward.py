@@ -1,0 +1,304 @@
+"""Rewards of a sampled group: region attention of the uncertain tokens, format, and accuracy, each a named component.
+
+From SAYO (arXiv 2602.08241). One forward over the packed group gives, for every generated token, the entropy of the
+distribution that it was drawn from and its attention on the image: averaged over the tokens that the boxes cover (a)
+and over all image tokens (v). Departures from the released script: padding and EOS never compete for the top 30 %,
+the region is a coverage in [0, 1] of each image token instead of a list of cells, and the layer is a setting.
+
+    python reward.py --rollouts rollouts.jsonl --data scenes:heldout --output rewards.jsonl
+"""
+
+import json
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from config import ConfigError, PolicyConfig, at_least, option, run_command
+from data.examples import load_examples
+from prompts import encode_prompt
+from rollout import Group
+from vlm import evaluating, load_policy, resolve_layers, token_statistics
+
+ATTENTION_OF_NOTHING = -1.0  # the attention reward of an empty completion: its lower bound, so silence never pays
+
+
+@dataclass
+class RewardConfig:
+    """What is rewarded. The paper's main model is attention + format; its "full" one adds accuracy."""
+
+    attention_weight: float = option(1.0, "Weight of the attention reward, tanh(log(a / v)) in (-1, 1).")
+    format_weight: float = option(1.0, "Weight of the format reward, 0 to 1.")
+    accuracy_weight: float = option(1.0, "Weight of the accuracy reward, 0 or 1; the paper's main model has 0.")
+    top_fraction: float = option(0.3, "Share of a completion's tokens, the most uncertain ones, that is rewarded.")
+    attention_eps: float = option(1e-8, "Epsilon in log((a + eps) / (v + eps)).")
+    attention_layers: list[int] = option([-1], "Decoder layers whose attention is averaged; -1 is the last.")
+    attention_query: str = option(
+        "token", "Position whose attention counts: the token, or its predictor.", ("token", "predictor")
+    )
+    format_min_tokens: int | None = option(None, "Scale the format reward down below this length (the script: 60).")
+    format_max_tokens: int | None = option(None, "Scale the format reward down above this length (the script: 100).")
+    temperature: float = option(1.0, "Temperature of the distributions whose entropy and log-probs are taken.")
+
+    def problems(self) -> list[str]:
+        found = super().problems() + at_least(
+            self, 0, "attention_weight", "format_weight", "accuracy_weight", "attention_eps"
+        )
+        found += at_least(self, 1, "format_min_tokens", "format_max_tokens")
+        if not 0 < self.top_fraction <= 1:
+            found.append(f"top_fraction={self.top_fraction}: give more than 0, at most 1 (the paper: 0.3)")
+        if not self.attention_layers:
+            found.append("attention_layers=[]: give at least one layer number, -1 for the last")
+        shortest, longest = self.format_min_tokens, self.format_max_tokens
+        if shortest is not None and longest is not None and shortest > longest:
+            found.append(f"format_min_tokens={shortest} is above format_max_tokens={longest}: swap them")
+        return found
+
+
+# --- attention --------------------------------------------------------------------------------------------------
+
+
+def select_uncertain(entropy: Tensor, top_fraction: float = 0.3) -> Tensor:
+    """Indices of the top_fraction tokens of highest entropy: max(1, int(top_fraction * n)) of them, earliest first.
+
+    Example: entropies (0.1, 2.0, 0.3, 1.0) with top_fraction 0.5 give (1, 3).
+
+    Args:
+        entropy: (n,) of the completion's tokens, EOS and padding left out, n of at least 1.
+    """
+    count = max(1, int(top_fraction * len(entropy)))
+    return entropy.argsort(descending=True, stable=True)[:count].sort().values  # (k,)
+
+
+def _log_ratio(target: Tensor, image: Tensor, eps: float) -> float:
+    return math.log((float(target.double().mean()) + eps) / (float(image.double().mean()) + eps))
+
+
+def attention_reward(
+    target: Tensor, image: Tensor, entropy: Tensor, *, top_fraction: float = 0.3, eps: float = 1e-8
+) -> float:
+    """tanh(log((a + eps) / (v + eps))) over the most uncertain tokens (SAYO, arXiv 2602.08241).
+
+    Example: with attention on the target three times that on the image, tanh(log 3) = (9 - 1) / (9 + 1) = 0.8.
+
+    Args:
+        target: (n,) attention of each generated token on the target, mean over heads and target tokens.
+        image: (n,) the same over all image tokens.
+        entropy: (n,) of the distribution each token was drawn from.
+
+    Returns:
+        A number in (-1, 1): above 0 where the target gets more than its share; -1 for a completion without tokens.
+
+    Raises:
+        ValueError: different lengths, or top_fraction outside (0, 1].
+    """
+    if not len(target) == len(image) == len(entropy):
+        raise ValueError(
+            f"target has {len(target)} tokens, image {len(image)}, entropy {len(entropy)}: give one length"
+        )
+    if not 0 < top_fraction <= 1:
+        raise ValueError(f"top_fraction={top_fraction}: give more than 0, at most 1")
+    if len(entropy) == 0:
+        return ATTENTION_OF_NOTHING
+    chosen = select_uncertain(entropy, top_fraction)
+    return math.tanh(_log_ratio(target[chosen], image[chosen], eps))
+
+
+def target_attention_score(target: Tensor, image: Tensor, eps: float = 1e-8) -> float:
+    """TAS = (1 + tanh(log((a + eps) / (v + eps)))) / 2 = a² / (a² + v²), in (0, 1); 0.5 means no preference.
+
+    Args:
+        target, image: (n,) as in attention_reward. NaN when n is 0.
+    """
+    if len(target) == 0:
+        return math.nan
+    return (1 + math.tanh(_log_ratio(target, image, eps))) / 2
+
+
+# --- format -----------------------------------------------------------------------------------------------------
+
+
+def _answer_block(text: str) -> re.Match | None:
+    """The one <answer> block of a text; None when there is none, more than one, or nothing in it."""
+    if text.count("<answer>") != 1 or text.count("</answer>") != 1:
+        return None
+    return re.search(r"<answer>\s*(\S.*?)\s*</answer>", text, re.DOTALL)
+
+
+def format_reward(text: str, num_tokens: int, min_tokens: int | None = None, max_tokens: int | None = None) -> float:
+    """1 for exactly one <answer>...</answer> with text in it and reasoning before it, else 0.
+
+    With a window, length scales it as in SAYO's released script: 0.6 * n / min_tokens below it, 0.6 * max_tokens / n
+    above it.
+    """
+    block = _answer_block(text)
+    if block is None or not text[: block.start()].strip():
+        return 0.0
+    if min_tokens is not None and num_tokens < min_tokens:
+        return 0.6 * num_tokens / min_tokens
+    if max_tokens is not None and num_tokens > max_tokens:
+        return 0.6 * max_tokens / num_tokens
+    return 1.0
+
+
+# --- accuracy: the only answer check, in training and evaluation ------------------------------------------------
+
+_WORDS = "zero one two three four five six seven eight nine ten eleven twelve".split()
+_NUMBER_OF_WORD = {word: str(number) for number, word in enumerate(_WORDS)}
+_LETTERED = re.compile(r"\(?([a-z])\)?(?:[.:)]\s*(.*))?", re.DOTALL)
+
+
+def extract_answer(text: str) -> str | None:
+    """The text of the one <answer> block, or None when there is none, an empty one, or more than one."""
+    block = _answer_block(text)
+    return block.group(1) if block else None
+
+
+def _normalized(answer: str) -> str:
+    answer = " ".join(answer.casefold().split()).strip("\"'` ").rstrip(".").strip()
+    return _NUMBER_OF_WORD.get(answer, answer)
+
+
+def _number(answer: str) -> float | None:
+    plain = re.fullmatch(r"[$€£]?(-?(?:\d{1,3}(?:,\d{3})+|\d+)?(?:\.\d+)?)\s?%?", answer)
+    return float(plain.group(1).replace(",", "")) if plain and plain.group(1).strip("-.") else None
+
+
+def _choice(answer: str, choices: Sequence[str]) -> int | None:
+    """Which choice an answer means: its text, its letter, or "letter. text"; None when it is none of them."""
+    texts = [_normalized(choice) for choice in choices]
+    if answer in texts:
+        return texts.index(answer)
+    lettered = _LETTERED.fullmatch(answer)
+    if lettered is None:
+        return None
+    index = ord(lettered.group(1)) - ord("a")
+    named = lettered.group(2)
+    return index if index < len(choices) and (not named or _normalized(named) == texts[index]) else None
+
+
+def is_correct(text: str, example: dict) -> bool:
+    """Whether a completion's answer is the example's, up to case, spaces, a final period, and how numbers are written.
+
+    With `choices`, the text of a choice, its letter, or both are the same answer. "A or B" and an empty answer are
+    wrong: the whole answer is compared.
+    """
+    answer, expected = extract_answer(text), _normalized(str(example["answer"]))
+    if answer is None:
+        return False
+    answer, choices = _normalized(answer), example.get("choices")
+    if choices:
+        chosen = _choice(answer, choices)
+        return chosen is not None and chosen == _choice(expected, choices)
+    numbers = _number(answer), _number(expected)
+    if None not in numbers:
+        return math.isclose(*numbers, rel_tol=1e-9)
+    return answer == expected
+
+
+# --- a group ----------------------------------------------------------------------------------------------------
+
+COMPONENTS = ("attention", "format", "accuracy")
+
+
+def score_group(model, group: Group, config) -> dict[str, Tensor]:
+    """Every reward component of a group's completions.
+
+    Args:
+        group: its `statistics` are filled in (log-probs and entropies of the policy that sampled it).
+        config: anything with the fields of RewardConfig.
+
+    Returns:
+        (G,) float32 tensors on the CPU: "attention" in [-1, 1] (0 when the example has no boxes), "format" and
+        "accuracy" in [0, 1], "total" (weighted sum), "tas" over all tokens and "tas_selected" over the uncertain ones
+        (both NaN without boxes or without tokens).
+    """
+    with evaluating(model):
+        statistics = group.statistics = token_statistics(
+            model,
+            group.prompt,
+            group.completions,
+            temperature=config.temperature,
+            layers=config.attention_layers,
+            query=config.attention_query,
+        )
+    has_region = bool(group.prompt.coverage.sum() > 0)
+    rewards = {name: [] for name in (*COMPONENTS, "tas", "tas_selected")}
+    for index, text in enumerate(group.texts):
+        # The closing EOS is no part of what was said: it never competes for the top fraction.
+        length = len(group.completions[index]) - (not group.truncated[index])
+        target = statistics.target_attention[index][:length]
+        image = statistics.image_attention[index][:length]
+        entropy = statistics.entropies[index][:length]
+        attention, tas, tas_selected = 0.0, math.nan, math.nan
+        if has_region:
+            options = {"top_fraction": config.top_fraction, "eps": config.attention_eps}
+            attention = attention_reward(target, image, entropy, **options)
+            tas = target_attention_score(target, image, config.attention_eps)
+            tas_selected = (1 + attention) / 2 if length else math.nan
+        shape = format_reward(text, length, config.format_min_tokens, config.format_max_tokens)
+        values = (attention, shape, float(is_correct(text, group.example)), tas, tas_selected)
+        for name, value in zip(rewards, values, strict=True):
+            rewards[name].append(value)
+    scores = {name: torch.tensor(values) for name, values in rewards.items()}  # (G,) each
+    scores["total"] = sum(getattr(config, f"{name}_weight") * scores[name] for name in COMPONENTS)
+    return scores
+
+
+# --- command line -----------------------------------------------------------------------------------------------
+
+
+@dataclass
+class ScoreConfig(RewardConfig, PolicyConfig):
+    """Score the completions that rollout.py wrote; model, data and system prompt must be the same as there."""
+
+    rollouts: str = option("rollouts.jsonl", "What rollout.py wrote.")
+    output: str = option("rewards.jsonl", "JSONL file to write: each row of rollouts with its rewards.")
+
+
+def main(config: ScoreConfig) -> None:
+    path = Path(config.rollouts)
+    if not path.is_file():
+        raise ConfigError(f"rollouts={config.rollouts!r}: no such file; make it with python rollout.py --output {path}")
+    rows = {row["id"]: row for row in map(json.loads, path.read_text().splitlines())}
+    examples = load_examples(
+        config.data, split=config.split, limit=config.limit, bad_rows=config.bad_rows, require_boxes=False
+    )
+    model, processor = load_policy(**config.policy_arguments(lora_rank=0))
+    resolve_layers(model, config.attention_layers)
+    sums, scored = {}, 0
+    with Path(config.output).open("w") as file:
+        for example in tqdm(examples, desc="reward", unit="group"):
+            row = rows.pop(example["id"], None)
+            if row is None:
+                continue
+            prompt = encode_prompt(processor, example, config.system_prompt)
+            if len(prompt.input_ids) != row["prompt_tokens"]:
+                raise ConfigError(
+                    f"{row['id']}: its prompt has {len(prompt.input_ids)} tokens here, but {row['prompt_tokens']} "
+                    f"in {path}: give the same model, max_pixels and system_prompt as to rollout.py"
+                )
+            completions = [torch.tensor(ids) for ids in row["completion_ids"]]
+            group = Group(example, prompt, completions, row["texts"], row["truncated"])
+            row["rewards"] = {name: values.tolist() for name, values in score_group(model, group, config).items()}
+            for name, values in row["rewards"].items():
+                sums.setdefault(name, []).extend(value for value in values if not math.isnan(value))
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+            scored += 1
+    for name, values in sums.items():
+        print(f"{name:>12} {sum(values) / max(1, len(values)):7.4f}")
+    print(f"{scored} groups -> {config.output}")
+    if rows:
+        raise ConfigError(
+            f"{len(rows)} groups of {path} are about no example of data={config.data!r}, the first with id "
+            f"{next(iter(rows))!r}: give the data and limit that rollout.py had"
+        )
+
+
+if __name__ == "__main__":
+    run_command(ScoreConfig, main)

@@ -1,0 +1,302 @@
+"""Sample a group of completions per prompt with the current policy.
+
+The prompt (picture included) is read once into a batch-1 cache. From then on every step feeds one new token per
+unfinished completion into that same cache under the tree mask: finished completions cost nothing, and the keys of the
+prompt exist once, not num_generations times. Several groups may be sampled side by side in one cache.
+
+    python rollout.py --data scenes:heldout --limit 8 --output rollouts.jsonl
+    python rollout.py --model Qwen/Qwen3-VL-4B-Instruct --load_in_4bit --data mine.jsonl --output rollouts.jsonl
+"""
+
+import json
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+from transformers import DynamicCache
+
+from config import ConfigError, PolicyConfig, SamplingConfig, option, run_command
+from data.examples import DataError, load_examples
+from packing import packed_layout, split_by_tokens, tree_mask
+from prompts import Prompt, base_model, encode_prompt, max_image_tokens, model_device, prompt_positions, prompt_text
+from vlm import TokenStatistics, eos_token_ids, evaluating, forward_hidden, load_policy, suppressed_token_ids
+
+
+@dataclass
+class Group:
+    """One prompt and its G sampled completions."""
+
+    example: dict
+    prompt: Prompt
+    completions: list[Tensor]  # G of (n_i,) ids on the CPU, EOS included when reached
+    texts: list[str]  # decoded, without special tokens
+    truncated: list[bool]  # True where max_new_tokens came before EOS
+    statistics: TokenStatistics | None = None  # of the policy that sampled, filled in by reward.score_group
+
+
+def choose_tokens(logits: Tensor, uniforms: Tensor, *, temperature: float = 1.0, top_p: float = 1.0) -> Tensor:
+    """Draw one token per row by inverting the cumulative distribution at a given uniform number.
+
+    Example: probabilities (0.5, 0.3, 0.2) and uniform 0.6 give token 1, with top_p=0.4 token 0.
+
+    Args:
+        logits: (m, V); -inf is never drawn.
+        uniforms: (m,) in [0, 1), one random number per row, so that a group's draws do not depend on its neighbours.
+        temperature: 0 takes the most probable token.
+        top_p: keep the smallest set of most probable tokens whose probability reaches top_p.
+
+    Returns:
+        (m,) token ids.
+    """
+    if temperature == 0:
+        return logits.argmax(-1)
+    probabilities, order = (logits.float() / temperature).softmax(-1).sort(dim=-1, descending=True, stable=True)
+    cumulative = probabilities.cumsum(-1)  # (m, V)
+    # A token stays as long as the more probable ones before it have not reached top_p; the first always stays.
+    probabilities = probabilities.where(cumulative - probabilities < top_p, 0.0)
+    cumulative = probabilities.cumsum(-1)
+    total = cumulative[:, -1:]
+    # Rounding must not carry the threshold up to the total: behind it stand only tokens of probability zero.
+    threshold = torch.minimum(uniforms.to(total)[:, None] * total, torch.nextafter(total, torch.zeros_like(total)))
+    return order.gather(-1, torch.searchsorted(cumulative, threshold, right=True))[:, 0]
+
+
+@torch.no_grad()
+def sample_groups(
+    model,
+    processor,
+    examples: Sequence[dict],
+    *,
+    num_generations: int,
+    max_new_tokens: int,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    generators: Sequence[torch.Generator] | None = None,
+    system_prompt: str | None = None,
+    sampling_tokens: int = 2048,
+) -> list[Group]:
+    """Sample one group for each example, as many of them side by side in one packed cache as sampling_tokens holds.
+
+    Args:
+        examples: see data/examples.py.
+        num_generations: completions per example, G.
+        max_new_tokens: longest completion in tokens, EOS included.
+        temperature: 0 is greedy. top_p: 1 keeps every token.
+        generators: one CPU generator per example; a group's draws then depend on its own only.
+        sampling_tokens: prompts and completions at full length of the groups that share a cache; never splits one.
+
+    Raises:
+        ValueError: num_generations or max_new_tokens below 1, a negative temperature, top_p outside (0, 1], or a
+            prompt that leaves no room for max_new_tokens in the model's positions.
+    """
+    problems = []
+    if num_generations < 1:
+        problems.append(f"num_generations={num_generations}: give 1 or more")
+    if max_new_tokens < 1:
+        problems.append(f"max_new_tokens={max_new_tokens}: give 1 or more")
+    if temperature < 0:
+        problems.append(f"temperature={temperature}: give 0 (greedy) or more")
+    if not 0 < top_p <= 1:
+        problems.append(f"top_p={top_p}: give more than 0, at most 1")
+    if problems:
+        raise ValueError("; ".join(problems))
+    prompts = [encode_prompt(processor, example, system_prompt) for example in examples]
+    for example, prompt in zip(examples, prompts, strict=True):
+        check_prompt_length(model, len(prompt.input_ids), max_new_tokens, example)
+    generators = generators or [None] * len(prompts)
+    sizes = [len(prompt.input_ids) + num_generations * max_new_tokens for prompt in prompts]
+    completions: list[Tensor] = []
+    with evaluating(model):
+        for part in split_by_tokens(sizes, sampling_tokens):
+            choose = partial(choose_tokens, temperature=temperature, top_p=top_p)
+            completions += _sample(
+                model, processor, prompts[part], num_generations, max_new_tokens, choose, generators[part]
+            )
+    texts = processor.tokenizer.batch_decode(completions, skip_special_tokens=True)
+    ends = eos_token_ids(model, processor)
+    truncated = [int(completion[-1]) not in ends for completion in completions]
+    groups = []
+    for number, (example, prompt) in enumerate(zip(examples, prompts, strict=True)):
+        own = slice(number * num_generations, (number + 1) * num_generations)
+        groups.append(Group(example, prompt, completions[own], texts[own], truncated[own]))
+    return groups
+
+
+def check_prompt_length(model, num_tokens: int, max_new_tokens: int, example: dict) -> None:
+    """Raises DataError when a prompt of num_tokens and a completion do not fit in the model's positions."""
+    positions = base_model(model).config.get_text_config().max_position_embeddings
+    if num_tokens + max_new_tokens > positions:
+        raise DataError(
+            f"example {example.get('id')!r}: prompt of {num_tokens} tokens + max_new_tokens={max_new_tokens} "
+            f"are more than the model's {positions} positions: lower --max_pixels or --max_new_tokens, or shorten it"
+        )
+
+
+def check_prompts(model, processor, examples, system_prompt: str | None, max_new_tokens: int) -> None:
+    """Find prompts that are too long before any long work starts.
+
+    Only the prompts that could be too long, by their text and by the most tokens a picture may have, are encoded.
+
+    Raises:
+        DataError: names every such example, what fits, and the fix.
+    """
+    if examples.name.startswith("scenes"):
+        return  # drawn by sayo itself, all of one small size
+    found = []
+    for index in range(len(examples)):
+        row = examples.peek(index)
+        text = prompt_text(processor, row, system_prompt)
+        longest = len(processor.tokenizer(text).input_ids) + len(row["images"]) * max_image_tokens(processor)
+        try:
+            check_prompt_length(model, longest, max_new_tokens, row)
+        except DataError:
+            try:
+                exact = len(encode_prompt(processor, examples[index], system_prompt).input_ids)
+                check_prompt_length(model, exact, max_new_tokens, row)
+            except DataError as error:
+                found.append(str(error))
+    if found:
+        more = [f"and {len(found) - 20} more"] if len(found) > 20 else []
+        raise DataError("\n".join(found[:20] + more))
+
+
+def sample_group(
+    model,
+    processor,
+    example: dict,
+    *,
+    num_generations: int,
+    max_new_tokens: int,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    generator: torch.Generator | None = None,
+    system_prompt: str | None = None,
+) -> Group:
+    """Sample one group: sample_groups for a single example."""
+    return sample_groups(
+        model,
+        processor,
+        [example],
+        num_generations=num_generations,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        generators=None if generator is None else [generator],
+        system_prompt=system_prompt,
+    )[0]
+
+
+def _sample(model, processor, prompts, num_generations, max_new_tokens, choose, generators) -> list[Tensor]:
+    """The completions of all prompts one after the other, each (n_i,) on the CPU."""
+    device, head = model_device(model), base_model(model).get_output_embeddings()
+    ends = torch.tensor(sorted(eos_token_ids(model, processor)), device=device)
+    suppressed = suppressed_token_ids(model, processor).to(device)
+
+    # Prefill: the prompts side by side, each once. A segment is a prompt (0 ... B-1) or a completion (B ...).
+    layout = packed_layout(model, prompts, [[] for _ in prompts])
+    cache = DynamicCache(config=base_model(model).config.get_text_config())
+    hidden = forward_hidden(
+        model, layout.input_ids, layout.position_ids, layout.attention_mask, prompts=prompts, cache=cache
+    )[0]  # (sum of P, D)
+    lengths = torch.tensor([len(prompt.input_ids) for prompt in prompts])
+    key_owner = torch.arange(len(prompts)).repeat_interleave(lengths).to(device)  # (K,)
+    parent = torch.arange(len(prompts), device=device).repeat_interleave(num_generations)  # (B * G,)
+    segment = len(prompts) + torch.arange(len(parent), device=device)  # (B * G,)
+    starts = torch.stack([prompt_positions(model, prompt).max() + 1 for prompt in prompts]).to(device)
+    hidden = hidden[lengths.cumsum(0).to(device) - 1][parent]  # (B * G, D), the last token of each prompt
+
+    tokens = torch.zeros(len(parent), max_new_tokens, dtype=torch.long, device=device)
+    counts = torch.full((len(parent),), max_new_tokens)
+    alive = torch.arange(len(parent), device=device)  # (m,) completions that go on
+    for step in range(max_new_tokens):
+        logits = head(hidden).float()  # (m, V)
+        logits[:, suppressed] = float("-inf")
+        # A number for every completion, finished or not: a group's stream does not depend on who has finished.
+        uniforms = torch.cat([torch.rand(num_generations, generator=generator) for generator in generators])
+        drawn = choose(logits, uniforms[alive.cpu()])  # (m,)
+        tokens[alive, step] = drawn
+        ended = torch.isin(drawn, ends)
+        counts[alive[ended].cpu()] = step + 1
+        alive, drawn = alive[~ended], drawn[~ended]
+        if len(alive) == 0 or step + 1 == max_new_tokens:
+            break
+        key_owner = torch.cat([key_owner, segment[alive]])  # (K + m,)
+        mask = tree_mask(segment[alive], parent[alive], key_owner)  # (m, K + m)
+        positions = (starts[parent[alive]] + step).expand(len(layout.position_ids), 1, -1)  # (axes, 1, m)
+        hidden = forward_hidden(model, drawn[None], positions, mask[None, None], cache=cache)[0]  # (m, D)
+    tokens = tokens.cpu()
+    return [row[:count] for row, count in zip(tokens, counts.tolist(), strict=True)]
+
+
+def group_generator(*key) -> torch.Generator:
+    """A CPU generator that is a function of the key alone, e.g. (seed, step, number of the group).
+
+    Nothing about random numbers needs to be saved: a resumed run builds the same generators again.
+    """
+    return torch.Generator().manual_seed(random.Random("/".join(map(str, key))).getrandbits(63))
+
+
+# --- command line -----------------------------------------------------------------------------------------------
+
+
+@dataclass
+class RolloutConfig(SamplingConfig, PolicyConfig):
+    """Sample completions for every example and write them as JSONL, one object per example."""
+
+    output: str = option("rollouts.jsonl", "JSONL file to write; an interrupted one goes on with --resume.")
+    num_generations: int = option(4, "Completions per example.")
+    resume: bool = option(False, "Keep the rows that the output file has and sample the missing ones.")
+
+
+def main(config: RolloutConfig) -> None:
+    output, done = Path(config.output), set()
+    if output.exists() and not config.resume:
+        raise ConfigError(f"output={config.output!r} exists: add --resume to go on with it, or give another name")
+    if output.exists():
+        # A last line without its newline was being written when the run stopped.
+        whole = [line for line in output.read_text().splitlines(keepends=True) if line.endswith("\n")]
+        output.write_text("".join(whole))
+        done = {json.loads(line)["id"] for line in whole}
+    examples = load_examples(
+        config.data, split=config.split, limit=config.limit, bad_rows=config.bad_rows, require_boxes=False
+    )
+    model, processor = load_policy(**config.policy_arguments(lora_rank=0))
+    output.parent.mkdir(parents=True, exist_ok=True)
+    check_prompts(model, processor, examples, config.system_prompt, config.max_new_tokens)
+    with output.open("a") as file:
+        for index in tqdm(range(len(examples)), desc="rollout", unit="group"):
+            example = examples[index]
+            if example["id"] in done:
+                continue
+            group = sample_group(
+                model,
+                processor,
+                example,
+                num_generations=config.num_generations,
+                max_new_tokens=config.max_new_tokens,
+                temperature=config.temperature,
+                top_p=config.top_p,
+                generator=group_generator(config.seed, "rollout", index),
+                system_prompt=config.system_prompt,
+            )
+            row = {
+                "id": example["id"],
+                "question": example["question"],
+                "answer": example["answer"],
+                "prompt_tokens": len(group.prompt.input_ids),
+                "texts": group.texts,
+                "truncated": group.truncated,
+                "completion_ids": [completion.tolist() for completion in group.completions],
+            }
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+            file.flush()
+    print(f"{len(examples)} groups of {config.num_generations} -> {output}")
+
+
+if __name__ == "__main__":
+    run_command(RolloutConfig, main)

@@ -1,0 +1,406 @@
+"""GRPO with attention rewards (SAYO, arXiv 2602.08241): rollout, reward, advantage, update, log, save.
+
+    accelerate launch train_rl.py                                     # the embedded policy and scenes, on any machine
+    accelerate launch train_rl.py --config configs/paper.yaml --model Qwen/Qwen3-VL-4B-Instruct --data mine.jsonl
+    accelerate launch --num_processes 2 train_rl.py ...               # two GPUs: groups_per_step is shared out
+
+Departures from the paper's released script: the group is one packed sequence in every stage, one optimizer step sees
+several groups, and every setting is a field of Config. README.md says how the defaults differ from configs/paper.yaml.
+"""
+
+import json
+import math
+import random
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+import yaml
+from accelerate import Accelerator
+from accelerate.utils import gather_object, set_seed
+from torch import Tensor
+from tqdm import tqdm
+from transformers import SchedulerType, get_scheduler
+
+from checkpoint import keep_steps_until, load_state, newest_checkpoint, save_checkpoint
+from config import ConfigError, PolicyConfig, SamplingConfig, at_least, option, run_command
+from data.examples import load_examples
+from evaluate import evaluate_policy, format_table, report
+from metrics import StageClock, group_metrics, step_metrics
+from prompts import base_model
+from reward import COMPONENTS, RewardConfig, score_group
+from rollout import Group, check_prompts, group_generator, sample_groups
+from visualize import plot_curves
+from vlm import evaluating, group_logprobs, load_policy, resolve_layers
+
+LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo")
+
+
+@dataclass
+class Config(RewardConfig, SamplingConfig, PolicyConfig):
+    """Train a multimodal LLM with GRPO, an attention reward, a format reward and an accuracy reward."""
+
+    output_dir: str = option("runs/sayo", "Folder of the run: config, metrics, samples, checkpoints, adapter, curves.")
+    max_steps: int = option(80, "Optimizer steps of groups_per_step groups each.")
+    groups_per_step: int = option(8, "Prompts per step, over all processes; gradients add up over their groups.")
+    num_iterations: int = option(1, "Updates on the same completions; above 1 the PPO clipping begins to matter.")
+    loss_type: str = option("grpo", "How token losses become one number, as in TRL.", LOSS_TYPES)
+    advantage_scale: str = option("group", "Divide advantages by the group's standard deviation.", ("group", "none"))
+    clip_low: float = option(0.2, "A probability ratio below 1 - clip_low is clipped.")
+    clip_high: float = option(0.2, "A probability ratio above 1 + clip_high is clipped.")
+    beta: float = option(1e-3, "Weight of the k3 KL term to the base model; 0 leaves it out.")
+    learning_rate: float = option(2e-4, "AdamW's peak learning rate; large models want less (the paper: 5e-6).")
+    lr_scheduler: str = option(
+        "constant_with_warmup", "Schedule of transformers.", tuple(kind.value for kind in SchedulerType)
+    )
+    warmup_steps: int = option(5, "Steps in which the learning rate rises from 0.")
+    weight_decay: float = option(0.01, "AdamW's weight decay.")
+    max_grad_norm: float = option(0.8, "Gradients are scaled down to this norm.")
+    lora_rank: int = option(16, "Rank of the LoRA adapter; switched off, it is the reference of the KL term.")
+    lora_alpha: int = option(32, "LoRA's alpha.")
+    lora_targets: str = option("language", "Linear layers that LoRA adapts.", ("language", "all-linear"))
+    gradient_checkpointing: bool = option(
+        False, "Recompute activations in the backward pass: slower, much less memory."
+    )
+    save_steps: int = option(50, "Steps between checkpoints.")
+    resume: bool = option(False, "Go on from the newest checkpoint of output_dir.")
+    eval_data: str | None = option(
+        None, "Evaluated before and after; none by default, scenes:heldout when data is scenes."
+    )
+    eval_limit: int | None = option(512, "Evaluate on the first so many examples of eval_data.")
+    report_to: str = option("tensorboard", "Tracker of Accelerate.", ("tensorboard", "wandb", "none"))
+
+    def problems(self) -> list[str]:
+        found = super().problems()
+        if self.num_generations < 2:
+            found.append(
+                f"num_generations={self.num_generations}: give 2 or more; advantages compare completions of a group"
+            )
+        found += at_least(self, 1, "max_steps", "groups_per_step", "num_iterations", "save_steps", "eval_limit")
+        found += at_least(self, 1, "lora_rank", "lora_alpha")
+        found += at_least(self, 0, "beta", "clip_low", "clip_high", "warmup_steps", "weight_decay")
+        for name in ("learning_rate", "max_grad_norm"):
+            if getattr(self, name) <= 0:
+                found.append(f"{name}={getattr(self, name)}: give more than 0")
+        if not any(getattr(self, f"{name}_weight") for name in COMPONENTS):
+            found.append("attention_weight, format_weight and accuracy_weight are all 0: nothing would be rewarded")
+        return found
+
+
+# --- the mathematics --------------------------------------------------------------------------------------------
+
+
+def group_advantages(rewards: Tensor, scale: str = "group") -> Tensor:
+    """How much better than its group each completion is: (r - mean) / (std + 1e-4), or r - mean for scale "none".
+
+    Example: rewards (1, 0, 0, 1) give about (0.87, -0.87, -0.87, 0.87).
+
+    Args:
+        rewards: (G,) of one group, G of at least 2.
+
+    Raises:
+        ValueError: G below 2, or another scale.
+    """
+    if len(rewards) < 2:
+        raise ValueError(f"a group of {len(rewards)} has nothing to compare: num_generations must be 2 or more")
+    if scale not in ("group", "none"):
+        raise ValueError(f'scale={scale!r}: valid are "group" and "none"')
+    centered = rewards - rewards.mean()  # (G,)
+    return centered / (rewards.std() + 1e-4) if scale == "group" else centered
+
+
+def grpo_loss(
+    logps: Sequence[Tensor],
+    old_logps: Sequence[Tensor],
+    ref_logps: Sequence[Tensor] | None,
+    advantages: Tensor,
+    *,
+    beta: float,
+    clip_low: float,
+    clip_high: float,
+    loss_type: str,
+    max_new_tokens: int | None = None,
+    num_items: float | None = None,
+) -> tuple[Tensor, dict[str, float]]:
+    """GRPO loss of one group: PPO clipping of the ratio to the sampling policy, plus beta times the k3 KL to the base.
+
+    Args:
+        logps: G tensors (n_i,), differentiable. old_logps: of the policy that sampled. ref_logps: of the base;
+            None when beta is 0.
+        advantages: (G,).
+        loss_type: how the token losses are weighted, with TRL's meaning: "grpo" 1 / (G n_i), the mean of each
+            completion's mean; "bnpo" 1 / Σn, all tokens of the group alike; "dr_grpo" 1 / (G max_new_tokens), no
+            length bias; "dapo" 1 / num_items, all tokens of the step alike.
+        max_new_tokens: for "dr_grpo"; by default the longest completion.
+        num_items: for "dapo"; by default Σn.
+
+    Returns:
+        (scalar loss, {"kl", "clip_fraction"}), the statistics as means over tokens.
+
+    Raises:
+        ValueError: another loss_type.
+    """
+    if loss_type not in LOSS_TYPES:
+        raise ValueError(f"loss_type={loss_type!r}: valid are {', '.join(map(repr, LOSS_TYPES))}")
+    lengths = torch.tensor([len(logp) for logp in logps], device=logps[0].device)  # (G,)
+    new, old = torch.cat(list(logps)), torch.cat(list(old_logps))  # (T,), T = Σ n_i
+    advantage = advantages.to(new).repeat_interleave(lengths)  # (T,)
+    ratio = (new - old).exp()
+    clipped = ratio.clamp(1 - clip_low, 1 + clip_high)
+    token_loss = -torch.minimum(ratio * advantage, clipped * advantage)  # (T,)
+    kl = torch.zeros_like(new)
+    if beta:
+        difference = torch.cat(list(ref_logps)) - new
+        kl = difference.exp() - difference - 1
+        token_loss = token_loss + beta * kl
+    if loss_type == "grpo":
+        weight = (1 / (len(logps) * lengths.to(new))).repeat_interleave(lengths)  # (T,)
+    elif loss_type == "bnpo":
+        weight = 1 / len(new)
+    elif loss_type == "dr_grpo":
+        weight = 1 / (len(logps) * (max_new_tokens or int(lengths.max())))
+    else:
+        weight = 1 / (num_items or len(new))
+    is_clipped = (ratio * advantage > clipped * advantage).float()
+    return (token_loss * weight).sum(), {"kl": kl.detach().mean().item(), "clip_fraction": is_clipped.mean().item()}
+
+
+# --- data, in an order that depends on the seed and the step alone ----------------------------------------------
+
+
+@lru_cache(maxsize=2)
+def _epoch_order(seed: int, epoch: int, num_examples: int) -> list[int]:
+    return random.Random(f"{seed}/epoch/{epoch}").sample(range(num_examples), num_examples)
+
+
+def example_index(seed: int, position: int, num_examples: int) -> int:
+    """Which example stands at a position of the endless stream of shuffled epochs."""
+    epoch, place = divmod(position, num_examples)
+    return _epoch_order(seed, epoch, num_examples)[place]
+
+
+# --- the loop ---------------------------------------------------------------------------------------------------
+
+
+def train_step(model, processor, optimizer, examples, step: int, config: Config, accelerator) -> tuple[dict, dict]:
+    """One step: this process's share of the groups through all stages, then one update per iteration.
+
+    Returns:
+        (metrics of the step over all processes, a sample of this process for samples.jsonl).
+    """
+    device, clock = accelerator.device, StageClock()
+    groups_here = config.groups_per_step // accelerator.num_processes
+    numbers = range(accelerator.process_index * groups_here, (accelerator.process_index + 1) * groups_here)
+    positions = [step * config.groups_per_step + number for number in numbers]
+    batch = [examples[example_index(config.seed, position, len(examples))] for position in positions]
+
+    with clock.stage("rollout", device):
+        groups = sample_groups(
+            model,
+            processor,
+            batch,
+            num_generations=config.num_generations,
+            max_new_tokens=config.max_new_tokens,
+            temperature=config.temperature,
+            top_p=config.top_p,
+            generators=[group_generator(config.seed, step, number) for number in numbers],
+            system_prompt=config.system_prompt,
+            sampling_tokens=config.sampling_tokens,
+        )
+    with clock.stage("reward", device):
+        scores = [score_group(model, group, config) for group in groups]
+        advantages = [group_advantages(score["total"], config.advantage_scale) for score in scores]
+    references: list = [None] * len(groups)
+    if config.beta:
+        with clock.stage("reference", device), torch.no_grad(), evaluating(model), model.disable_adapter():
+            references = [_logprobs(model, group, config) for group in groups]
+
+    completion_tokens = torch.tensor([float(len(c)) for group in groups for c in group.completions])
+    num_items = accelerator.reduce(completion_tokens.sum().to(device), "sum").item() / accelerator.num_processes
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    rows: list[dict] = []
+    with clock.stage("update", device):
+        for _ in range(config.num_iterations):
+            rows = []
+            for group, score, advantage, reference in zip(groups, scores, advantages, references, strict=True):
+                loss, stats = grpo_loss(
+                    _logprobs(model, group, config),
+                    group.statistics.logps,
+                    reference,
+                    advantage,
+                    beta=config.beta,
+                    clip_low=config.clip_low,
+                    clip_high=config.clip_high,
+                    loss_type=config.loss_type,
+                    max_new_tokens=config.max_new_tokens,
+                    num_items=num_items / groups_here,  # the loss is divided by groups_here below, for all types alike
+                )
+                (loss / groups_here).backward()
+                rows.append(group_metrics(group, score, advantage, config) | stats | {"loss": loss.item()})
+            _average_gradients(parameters, accelerator)
+            grad_norm = torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm).item()
+            if not math.isfinite(grad_norm):
+                raise RuntimeError(
+                    f"step {step + 1}: the gradient's norm is {grad_norm}; lower learning_rate (now "
+                    f"{config.learning_rate}) or give --dtype bfloat16; the last checkpoint is untouched"
+                )
+            optimizer.step()
+            optimizer.zero_grad()
+
+    packed_tokens = float(sum(len(group.prompt.input_ids) for group in groups)) + completion_tokens.sum().item()
+    clock.tokens = dict.fromkeys(clock.seconds, packed_tokens)
+    clock.tokens["rollout"] = completion_tokens.sum().item()
+    clock.tokens["update"] = packed_tokens * config.num_iterations
+    table = torch.tensor([list(row.values()) for row in rows], device=device)  # (groups here, metrics)
+    gathered = accelerator.gather(table).tolist()  # (groups_per_step, metrics)
+    metrics = step_metrics([dict(zip(rows[0], values, strict=True)) for values in gathered])
+    metrics |= {"grad_norm": grad_norm} | clock.metrics()
+    first = groups[0]
+    sample = {"id": first.example.get("id"), "question": first.example["question"], "answer": first.example["answer"]}
+    sample |= {"texts": first.texts, "advantages": advantages[0].tolist()}
+    sample |= {name: [None if math.isnan(v) else v for v in values.tolist()] for name, values in scores[0].items()}
+    return metrics, sample
+
+
+def _logprobs(model, group: Group, config: Config) -> list[Tensor]:
+    return group_logprobs(model, group.prompt, group.completions, temperature=config.temperature)
+
+
+def _average_gradients(parameters: Sequence[Tensor], accelerator) -> None:
+    """Mean of the processes' gradients, in one message."""
+    if accelerator.num_processes == 1:
+        return
+    gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+    mean = accelerator.reduce(torch.cat([gradient.flatten() for gradient in gradients]), "mean")
+    for parameter, part in zip(parameters, mean.split([p.numel() for p in parameters]), strict=True):
+        parameter.grad = part.view_as(parameter)
+
+
+def open_run(config: Config) -> Path | None:
+    """Create the run's folder, or find the checkpoint to resume from. Raises ConfigError when it holds another run."""
+    output_dir = Path(config.output_dir)
+    checkpoint = newest_checkpoint(output_dir)
+    if config.resume and checkpoint is None:
+        raise ConfigError(f"resume: {config.output_dir!r} holds no checkpoint; leave --resume out to start a run there")
+    if not config.resume and (output_dir / "metrics.jsonl").exists():
+        raise ConfigError(
+            f"output_dir={config.output_dir!r} holds a run already: go on with it by --resume, give another "
+            "--output_dir, or delete the folder"
+        )
+    return checkpoint
+
+
+def evaluate_shared(model, processor, examples, config: Config, accelerator, description: str) -> list[dict]:
+    """evaluate_policy with the examples shared out over the processes; rows in the order of the examples."""
+    share = range(accelerator.process_index, len(examples), accelerator.num_processes)
+    rows = evaluate_policy(model, processor, [examples[index] for index in share], config, description=description)
+    return [row for _, row in sorted(gather_object(list(zip(share, rows, strict=True))), key=lambda pair: pair[0])]
+
+
+def main(config: Config) -> None:
+    checkpoint, output_dir = open_run(config), Path(config.output_dir)
+    tracker = None if config.report_to == "none" else config.report_to
+    accelerator = Accelerator(log_with=tracker, project_dir=config.output_dir)
+    if config.groups_per_step % accelerator.num_processes:
+        raise ConfigError(
+            f"groups_per_step={config.groups_per_step} is not a multiple of the number of processes, "
+            f"{accelerator.num_processes}: give one"
+        )
+    set_seed(config.seed)
+    examples = load_examples(
+        config.data,
+        split=config.split,
+        limit=config.limit,
+        bad_rows=config.bad_rows,
+        require_boxes=config.attention_weight > 0,
+    )
+    eval_data = config.eval_data or ("scenes:heldout" if config.data == "scenes" else None)
+    held_out = eval_data and load_examples(
+        eval_data, limit=config.eval_limit, bad_rows=config.bad_rows, require_boxes=False
+    )
+    arguments = config.policy_arguments(config.lora_rank)
+    if checkpoint:
+        arguments["adapter"] = str(checkpoint / "adapter")
+    model, processor = load_policy(
+        **arguments, lora_alpha=config.lora_alpha, lora_targets=config.lora_targets, device=accelerator.device
+    )
+    resolve_layers(model, config.attention_layers)
+    for data in filter(None, (examples, held_out)):
+        check_prompts(model, processor, data, config.system_prompt, config.max_new_tokens)
+    if config.gradient_checkpointing:
+        base_model(model).gradient_checkpointing_enable({"use_reentrant": False})
+    model.train(config.gradient_checkpointing)  # eval mode where training mode is not needed: no dropout anywhere
+
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=config.weight_decay)
+    scheduler = get_scheduler(config.lr_scheduler, optimizer, config.warmup_steps, config.max_steps)
+    start = load_state(checkpoint, optimizer, scheduler) if checkpoint else 0
+
+    main_process = accelerator.is_main_process
+    if main_process:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        (output_dir / "config.yaml").write_text(yaml.safe_dump(asdict(config), sort_keys=False))
+        for name in ("metrics.jsonl", "samples.jsonl"):
+            keep_steps_until(output_dir / name, start)
+        accelerator.init_trackers(
+            "sayo", config={k: v for k, v in asdict(config).items() if isinstance(v, int | float | str)}
+        )
+        print(f"{len(examples)} examples of {config.data}; {sum(p.numel() for p in parameters):,} trained parameters")
+        for message in examples.skipped:
+            print(f"skipped {message}")
+        print(
+            "A GRPO loss hovers around zero: advantages of a group add up to zero and the ratio starts at 1, so it is\n"
+            "its gradient that counts, not its value. Watch the rewards, TAS, KL and advantage shares instead."
+        )
+
+    before_path, before = output_dir / "evaluation_before.json", None
+    if held_out and not checkpoint:
+        before = evaluate_shared(model, processor, held_out, config, accelerator, f"before, {eval_data}")
+        if main_process:
+            before_path.write_text(json.dumps(before))
+            print(format_table({"before": report(before)["base"]}))
+    elif held_out and before_path.exists():
+        before = json.loads(before_path.read_text())
+
+    progress = tqdm(range(start, config.max_steps), desc="train", unit="step", disable=not main_process)
+    with (
+        open(output_dir / "metrics.jsonl", "a") as metrics_file,
+        open(output_dir / "samples.jsonl", "a") as samples_file,
+    ):
+        for step in progress:
+            metrics, sample = train_step(model, processor, optimizer, examples, step, config, accelerator)
+            metrics = {"step": step + 1, "learning_rate": scheduler.get_last_lr()[0]} | metrics
+            scheduler.step()
+            if main_process:
+                metrics_file.write(json.dumps(metrics) + "\n")
+                samples_file.write(json.dumps({"step": step + 1} | sample, ensure_ascii=False) + "\n")
+                metrics_file.flush(), samples_file.flush()
+                known = {name: value for name, value in metrics.items() if value is not None and name != "step"}
+                accelerator.log(known, step=step + 1)
+                shown = {name: metrics[f"reward/{name}"] for name in ("total", "accuracy", "tas")} | {
+                    "kl": metrics["kl"]
+                }
+                progress.set_postfix({name: f"{value:.3f}" for name, value in shown.items() if value is not None})
+                if (step + 1) % config.save_steps == 0 or step + 1 == config.max_steps:
+                    save_checkpoint(output_dir, step + 1, model, optimizer, scheduler)
+
+    if main_process:
+        model.save_pretrained(output_dir / "adapter", save_embedding_layers=False)
+        plot_curves(output_dir / "metrics.jsonl", output_dir / "curves.png")
+    if held_out:
+        after = evaluate_shared(model, processor, held_out, config, accelerator, f"after, {eval_data}")
+        if main_process:
+            comparable = before is not None and [row["id"] for row in before] == [row["id"] for row in after]
+            columns = report(before, after, ("before", "after")) if comparable else {"after": report(after)["base"]}
+            (output_dir / "evaluation.json").write_text(json.dumps({"summary": columns, "rows": {"after": after}}))
+            print(f"{len(after)} examples of {eval_data}, greedy; mean [95 % bootstrap interval]")
+            print(format_table(columns))
+    if main_process:
+        print(f"adapter, metrics, samples and curves.png -> {output_dir}")
+    accelerator.end_training()
+
+
+if __name__ == "__main__":
+    run_command(Config, main)

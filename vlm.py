@@ -1,0 +1,349 @@
+"""The one shared module: load a policy, one forward over a group, log-probs, entropies and attention of its tokens.
+
+A group is one sequence. GRPO samples G completions of one prompt, and a prompt with a picture is far longer than a
+completion, so a group is never a padded batch of G copies, but the prompt once and every completion behind it, under
+a tree mask. Three small modules hold the parts: prompts.py (an example becomes a Prompt; what differs between model
+families), packing.py (where each token sits), attention.py (reading attention rows).
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import warnings
+from collections.abc import Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, BitsAndBytesConfig
+
+from attention import PROBED_ATTENTION, AttentionProbe
+from packing import LAYOUTS
+from prompts import (
+    FAMILIES,
+    PolicyError,
+    Prompt,
+    base_model,
+    encode_prompt,
+    image_features,
+    region_coverage,
+    set_max_pixels,
+    supported_families,
+)
+
+__all__ = [
+    "Prompt",
+    "encode_prompt",
+    "forward_hidden",
+    "group_logprobs",
+    "load_policy",
+    "region_coverage",
+    "row_logprobs",
+    "token_statistics",
+]
+
+LOGIT_CHUNK_ELEMENTS = 2**24  # float32 logits that exist at a time: 64 MB, whatever the vocabulary
+
+
+# --- loading ----------------------------------------------------------------------------------------------------
+
+
+def load_policy(
+    model: str,
+    *,
+    load_in_4bit: bool = False,
+    lora_rank: int = 16,
+    adapter: str | None = None,
+    attn: str = "sdpa",
+    dtype: str = "auto",
+    device: str | torch.device | None = None,
+    lora_alpha: int = 32,
+    lora_targets: str = "language",
+    max_pixels: int | None = None,
+    revision: str | None = None,
+):
+    """Load a multimodal LLM with its processor, ready to sample, score and train.
+
+    Args:
+        model: a local folder or a Hub id, e.g. "data/tiny_policy" or "Qwen/Qwen3-VL-4B-Instruct".
+        load_in_4bit: NF4 with double quantisation for the language model; vision tower, embeddings and head stay.
+        lora_rank: rank of the LoRA adapter; 0 gives the plain model.
+        adapter: folder or Hub id of a PEFT adapter to go on from (trainable) or, with lora_rank 0, only to use.
+        attn: "sdpa" (with the attention probe) or "eager" (for comparison; attention rewards need "sdpa").
+        dtype: "auto" (the checkpoint's own), "float32", "bfloat16" or "float16".
+        device: default is the first GPU if there is one, else the CPU.
+        lora_targets: "language" for the linear layers of the language model, "all-linear" for vision as well.
+        max_pixels: pictures with more pixels are shrunk to this many before they become tokens.
+        revision: branch, tag or commit of a Hub model.
+
+    Returns:
+        (model, processor), the model in eval mode.
+
+    Raises:
+        PolicyError (a ValueError): no such model, a family that is not supported, or an argument out of its range.
+    """
+    if attn not in ("sdpa", "eager"):
+        raise PolicyError(f'attn={attn!r}: valid are "sdpa" and "eager"')
+    if lora_targets not in ("language", "all-linear"):
+        raise PolicyError(f'lora_targets={lora_targets!r}: valid are "language" and "all-linear"')
+    if dtype not in ("auto", "float32", "bfloat16", "float16"):
+        raise PolicyError(f'dtype={dtype!r}: valid are "auto", "float32", "bfloat16" and "float16"')
+    if adapter is not None and Path(adapter).is_dir() and not (Path(adapter) / "adapter_config.json").is_file():
+        raise PolicyError(f"adapter={adapter!r} holds no adapter_config.json: give the adapter/ folder of a run")
+    try:
+        config = AutoConfig.from_pretrained(model, revision=revision)
+    except (OSError, ValueError) as error:
+        raise PolicyError(
+            f"model={model!r} cannot be loaded: give a folder that holds config.json or the id of a model on the Hub "
+            f"(with a network, or already downloaded). transformers says: {str(error).splitlines()[0]}"
+        ) from error
+    if config.model_type not in FAMILIES:
+        raise PolicyError(f"model={model!r} is of type {config.model_type!r}: {supported_families()}")
+
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    quantization = None
+    if load_in_4bit:
+        compute_dtype = getattr(torch, dtype if dtype != "auto" else _default_half_dtype(device))
+        quantization = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=compute_dtype,
+            llm_int8_skip_modules=["visual", "lm_head", "embed_tokens"],
+        )
+    policy = AutoModelForImageTextToText.from_pretrained(
+        model,
+        revision=revision,
+        dtype=dtype,
+        attn_implementation=attn,
+        quantization_config=quantization,
+        device_map={"": device},
+    )
+    if attn == "sdpa":
+        policy.set_attn_implementation({"text_config": PROBED_ATTENTION})
+    processor = AutoProcessor.from_pretrained(model, revision=revision)
+    if max_pixels is not None:
+        set_max_pixels(processor, max_pixels)
+
+    if adapter is not None or lora_rank > 0:
+        policy = _with_adapter(policy, adapter, lora_rank, lora_alpha, lora_targets, load_in_4bit)
+    return policy.eval(), processor
+
+
+def _with_adapter(policy, adapter, lora_rank, lora_alpha, lora_targets, load_in_4bit):
+    if not load_in_4bit:
+        # Importing peft imports bitsandbytes, which warns that its optional CPU kernels are missing.
+        logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    from peft import LoraConfig, PeftModel, get_peft_model
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
+        if adapter is not None:
+            return PeftModel.from_pretrained(policy, adapter, is_trainable=lora_rank > 0)
+        if lora_targets == "language":
+            lora_targets = r".*language_model.*\.(" + "|".join(sorted(_language_linears(policy))) + ")"
+        lora = LoraConfig(r=lora_rank, lora_alpha=lora_alpha, target_modules=lora_targets, task_type="CAUSAL_LM")
+        return get_peft_model(policy, lora)
+
+
+def _default_half_dtype(device: torch.device) -> str:
+    if device.type != "cuda":
+        return "float32"
+    return "bfloat16" if torch.cuda.is_bf16_supported() else "float16"
+
+
+def _language_linears(model: nn.Module) -> set[str]:
+    return {
+        name.rsplit(".", 1)[-1]
+        for name, module in base_model(model).named_modules()
+        if "language_model" in name and isinstance(module, nn.Linear)
+    }
+
+
+def eos_token_ids(model: nn.Module, processor) -> set[int]:
+    """Ids that end a completion: those of the generation config and the tokenizer's own."""
+    configured = base_model(model).generation_config.eos_token_id
+    ids = set(configured if isinstance(configured, list) else [configured])
+    return (ids | {processor.tokenizer.eos_token_id}) - {None}
+
+
+def suppressed_token_ids(model: nn.Module, processor) -> Tensor:
+    """Ids that must never be sampled: picture and video placeholders, their delimiters (a sampled image token breaks
+    the next forward), and rows of the head that belong to no token. Shape (K,)."""
+    base, tokenizer = base_model(model), processor.tokenizer
+    vision = re.compile(r"image|img|vision|video|<row_", re.IGNORECASE)
+    special = {token for token in tokenizer.all_special_tokens if vision.search(token)}
+    special |= {
+        str(token) for token in tokenizer.added_tokens_decoder.values() if token.special and vision.search(str(token))
+    }
+    names = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
+    ids = {getattr(base.config, name, None) for name in names} - {None}
+    ids |= set(tokenizer.convert_tokens_to_ids(sorted(special)))
+    ids |= set(range(len(tokenizer), base.get_output_embeddings().weight.shape[0]))
+    return torch.tensor(sorted(ids - eos_token_ids(model, processor)), dtype=torch.long)
+
+
+@contextmanager
+def evaluating(model: nn.Module):
+    """Eval mode inside the block (no dropout, a cache that works), the former mode behind it."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
+
+
+def forward_hidden(model: nn.Module, input_ids, position_ids, attention_mask, *, prompts=None, cache=None) -> Tensor:
+    """One forward of the model without its head: (B, S) ids to (B, S, D) last hidden states.
+
+    Args:
+        input_ids: (B, S). position_ids: (axes, B, S).
+        attention_mask: (B, S) of 0 and 1, or boolean (B, 1, S, keys), True where a row may see a key.
+        prompts: whose pictures stand in input_ids, in order; None when there are none (later sampling steps).
+        cache: a transformers Cache that holds the keys so far and takes the new ones.
+    """
+    inner = base_model(model).model
+    if attention_mask is not None and attention_mask.dtype == torch.bool and _attention_name(model) == "eager":
+        # Eager attention adds its mask to the scores: a boolean one would add 0 and 1, silently.
+        dtype = base_model(model).get_input_embeddings().weight.dtype
+        lowest = torch.finfo(dtype).min
+        attention_mask = torch.where(attention_mask, 0.0, lowest).to(dtype)
+    encoded = {"image": image_features(model, prompts)} if prompts else None
+    return inner(
+        input_ids=input_ids,
+        position_ids=position_ids if len(position_ids) == 3 else position_ids[0],
+        attention_mask=attention_mask,
+        mm_encoder_outputs=encoded,
+        past_key_values=cache,
+        use_cache=cache is not None,
+    ).last_hidden_state
+
+
+def _attention_name(model: nn.Module) -> str:
+    return base_model(model).config.get_text_config()._attn_implementation
+
+
+# --- log-probs and entropies ------------------------------------------------------------------------------------
+
+
+def _chunk_logprobs(head: nn.Module, hidden: Tensor, ids: Tensor, temperature: float, with_entropy: bool):
+    logits = head(hidden).float() / temperature  # (rows, V)
+    log_normalizer = logits.logsumexp(-1)  # (rows,)
+    logps = logits.gather(-1, ids[:, None])[:, 0] - log_normalizer
+    if not with_entropy:
+        return logps, None
+    return logps, log_normalizer - ((logits - log_normalizer[:, None]).exp() * logits).sum(-1)
+
+
+def row_logprobs(head: nn.Module, hidden: Tensor, ids: Tensor, temperature: float, with_entropy: bool = False):
+    """Log-probs of `ids` (T,) and entropies in nats, both float32 (T,), from hidden rows (T, D).
+
+    Rows go through the head in chunks that are computed again in the backward pass, so that the (T, V) logits (1 GB
+    at 1,760 rows of a 152k vocabulary, several times over in a softmax) never exist whole.
+    """
+    step = max(1, LOGIT_CHUNK_ELEMENTS // head.weight.shape[0])
+    parts = []
+    for start in range(0, len(ids), step):
+        inputs = (head, hidden[start : start + step], ids[start : start + step], temperature, with_entropy)
+        recompute = torch.is_grad_enabled() and hidden.requires_grad
+        parts.append(
+            checkpoint(_chunk_logprobs, *inputs, use_reentrant=False) if recompute else _chunk_logprobs(*inputs)
+        )
+    if not parts:
+        empty = hidden.new_zeros(0, dtype=torch.float32)
+        return empty, empty if with_entropy else None
+    logps = torch.cat([logp for logp, _ in parts])
+    return logps, torch.cat([entropy for _, entropy in parts]) if with_entropy else None
+
+
+def group_logprobs(
+    model: nn.Module, prompt: Prompt, completions: Sequence[Tensor], *, layout: str = "packed", temperature: float = 1.0
+) -> list[Tensor]:
+    """Log-probabilities of every completion token under the model, differentiable.
+
+    Args:
+        completions: G id tensors of shape (n_i,).
+        layout: "packed" or "padded"; the numbers are the same.
+        temperature: logits are divided by it, as in sampling.
+
+    Returns:
+        G float32 tensors (n_i,), on the model's device.
+
+    Raises:
+        ValueError: the layout's name is not one of the two.
+    """
+    if layout not in LAYOUTS:
+        raise ValueError(f"layout={layout!r}: valid are {', '.join(map(repr, LAYOUTS))}")
+    batch = LAYOUTS[layout](model, [prompt], [completions])
+    hidden = forward_hidden(model, batch.input_ids, batch.position_ids, batch.attention_mask, prompts=batch.prompts)
+    rows = hidden.flatten(0, 1)[batch.predict_rows]  # (T, D)
+    logps, _ = row_logprobs(base_model(model).get_output_embeddings(), rows, batch.completion_ids, temperature)
+    return list(logps.split(batch.lengths))
+
+
+# --- attention --------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class TokenStatistics:
+    """What one forward says about a group's G completions: lists of G float32 tensors (n_i,)."""
+
+    logps: list[Tensor]
+    entropies: list[Tensor]  # nats, of the distribution that the token was drawn from
+    target_attention: list[Tensor]  # mean over heads, layers and covered image tokens
+    image_attention: list[Tensor]  # mean over heads, layers and all image tokens
+
+
+def resolve_layers(model: nn.Module, layers: Sequence[int]) -> list[int]:
+    """Layer numbers counted from 0, or from the end when negative. Raises ValueError when there is no such layer."""
+    depth = base_model(model).config.get_text_config().num_hidden_layers
+    wrong = [layer for layer in layers if not -depth <= layer < depth]
+    if wrong or not layers:
+        raise ValueError(
+            f"attention_layers={list(layers)}: this model has layers {-depth} to {depth - 1}, give at least one"
+        )
+    return sorted({layer % depth for layer in layers})
+
+
+@torch.no_grad()
+def token_statistics(
+    model: nn.Module,
+    prompt: Prompt,
+    completions: Sequence[Tensor],
+    *,
+    temperature: float = 1.0,
+    layers: Sequence[int] = (-1,),
+    query: str = "token",
+    layout: str = "packed",
+) -> TokenStatistics:
+    """Log-probs, entropies and attention on target and image of every completion token, in one forward.
+
+    Args:
+        completions: G id tensors of shape (n_i,).
+        layers: decoder layers that are averaged; negative numbers count from the end (SAYO: the last).
+        query: whose attention row belongs to a token: "token", where it is the input (SAYO), or "predictor", the
+            position that predicted it.
+
+    Raises:
+        ValueError: no such layer or query, or a model loaded with attn="eager".
+    """
+    if query not in ("token", "predictor"):
+        raise ValueError(f'attention_query={query!r}: valid are "token" and "predictor"')
+    if _attention_name(model) != PROBED_ATTENTION:
+        raise ValueError('attention rows are read in the "sdpa" path: load the policy with attn="sdpa"')
+    layers = resolve_layers(model, layers)
+    batch = LAYOUTS[layout](model, [prompt], [completions])
+    query_rows = batch.token_rows if query == "token" else batch.predict_rows
+    with AttentionProbe(layers, query_rows, batch.key_weights) as probe:
+        hidden = forward_hidden(model, batch.input_ids, batch.position_ids, batch.attention_mask, prompts=batch.prompts)
+    rows = hidden.flatten(0, 1)[batch.predict_rows]  # (T, D)
+    head = base_model(model).get_output_embeddings()
+    logps, entropies = row_logprobs(head, rows, batch.completion_ids, temperature, with_entropy=True)
+    attention = torch.stack([probe.results[layer] for layer in layers]).mean(0)  # (T, 2)
+    parts = (logps, entropies, attention[:, 0], attention[:, 1])
+    return TokenStatistics(*(list(part.split(batch.lengths)) for part in parts))
