@@ -138,6 +138,7 @@ def main(config: EvaluateConfig) -> None:
         config.data, split=config.split, limit=config.limit, bad_rows=config.bad_rows, require_boxes=False
     )
     model, processor = load_policy(**config.policy_arguments(lora_rank=0))
+    model.requires_grad_(False)  # a frozen vision tower's features are kept from sampling to scoring
     resolve_layers(model, config.attention_layers)
     check_prompts(model, processor, examples, config.system_prompt, config.max_new_tokens)
     with model.disable_adapter() if config.adapter else nullcontext():

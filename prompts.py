@@ -141,18 +141,18 @@ def encode_prompt(processor, example: dict, system_prompt: str | None = None) ->
     Raises:
         ValueError: the question contains the model's image placeholder, or the processor is of no known family.
     """
+    if processor.image_token in question_text(example):
+        raise ValueError(
+            f"example {example.get('id')!r}: remove {processor.image_token!r}, which stands for a picture, from the "
+            f"question {example['question'][:80]!r}"
+        )
     images = example_images(example)
     text = prompt_text(processor, example, system_prompt)
     encoded = processor(text=[text], images=images, return_tensors="pt")
     input_ids = encoded.pop("input_ids")[0]  # (P,)
     encoded.pop("attention_mask", None)
     image_token_index = (input_ids == processor.image_token_id).nonzero().flatten()  # (N,)
-    coverage = region_coverage(processor, images, example.get("boxes") or [])
-    if len(coverage) != len(image_token_index):
-        raise ValueError(
-            f"example {example.get('id')!r}: {len(image_token_index)} image tokens in the prompt, but its pictures "
-            f"make {len(coverage)}: remove {processor.image_token!r} from the question {example['question'][:80]!r}"
-        )
+    coverage = region_coverage(processor, images, example.get("boxes") or [])  # (N,)
     return Prompt(input_ids, image_token_index, coverage, dict(encoded))
 
 
@@ -174,9 +174,10 @@ def region_coverage(processor, images: Sequence[Image.Image], boxes: Sequence) -
         ValueError: the number of box lists is not the number of pictures.
     """
     family = _processor_family(processor)
-    if boxes and not isinstance(boxes[0][0], Iterable):
-        boxes = [boxes]
-    boxes = boxes or [[] for _ in images]
+    if not boxes:
+        boxes = [[] for _ in images]
+    elif any(entry and not isinstance(entry[0], Iterable) for entry in boxes):
+        boxes = [boxes]  # the flat form of a single picture
     if len(boxes) != len(images):
         raise ValueError(
             f"{len(boxes)} lists of boxes for {len(images)} pictures: give one list (it may be empty) for each"

@@ -22,7 +22,6 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object, set_seed
 from torch import Tensor
 from tqdm import tqdm
-from transformers import SchedulerType, get_scheduler
 
 from checkpoint import keep_steps_until, load_state, newest_checkpoint, save_checkpoint
 from config import ConfigError, PolicyConfig, SamplingConfig, at_least, option, run_command
@@ -35,6 +34,7 @@ from rollout import Group, check_prompts, group_generator, sample_groups
 from visualize import plot_curves
 from vlm import evaluating, group_logprobs, load_policy, resolve_layers
 
+SCHEDULERS = ("constant", "constant_with_warmup", "linear", "cosine")
 LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo")
 
 
@@ -52,9 +52,7 @@ class Config(RewardConfig, SamplingConfig, PolicyConfig):
     clip_high: float = option(0.2, "A probability ratio above 1 + clip_high is clipped.")
     beta: float = option(1e-3, "Weight of the k3 KL term to the base model; 0 leaves it out.")
     learning_rate: float = option(2e-4, "AdamW's peak learning rate; large models want less (the paper: 5e-6).")
-    lr_scheduler: str = option(
-        "constant_with_warmup", "Schedule of transformers.", tuple(kind.value for kind in SchedulerType)
-    )
+    lr_scheduler: str = option("constant_with_warmup", "Schedule of transformers.", SCHEDULERS)
     warmup_steps: int = option(5, "Steps in which the learning rate rises from 0.")
     weight_decay: float = option(0.01, "AdamW's weight decay.")
     max_grad_norm: float = option(0.8, "Gradients are scaled down to this norm.")
@@ -330,11 +328,13 @@ def main(config: Config) -> None:
     for data in filter(None, (examples, held_out)):
         check_prompts(model, processor, data, config.system_prompt, config.max_new_tokens)
     if config.gradient_checkpointing:
-        base_model(model).gradient_checkpointing_enable({"use_reentrant": False})
+        base_model(model).activation_checkpointing_enable({"use_reentrant": False})
     model.train(config.gradient_checkpointing)  # eval mode where training mode is not needed: no dropout anywhere
 
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=config.weight_decay)
+    from transformers import get_scheduler  # imports peft and bitsandbytes, which print: not when a script is imported
+
     scheduler = get_scheduler(config.lr_scheduler, optimizer, config.warmup_steps, config.max_steps)
     start = load_state(checkpoint, optimizer, scheduler) if checkpoint else 0
 

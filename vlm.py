@@ -113,7 +113,7 @@ def load_policy(
             bnb_4bit_quant_type="nf4",
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=compute_dtype,
-            llm_int8_skip_modules=["visual", "lm_head", "embed_tokens"],
+            llm_int8_skip_modules=[r"(?!.*language_model).*"],  # vision tower, projector and head keep their format
         )
     policy = AutoModelForImageTextToText.from_pretrained(
         model,
@@ -143,6 +143,7 @@ def _with_adapter(policy, adapter, lora_rank, lora_alpha, lora_targets, load_in_
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
         if adapter is not None:
+            policy.requires_grad_(False)
             return PeftModel.from_pretrained(policy, adapter, is_trainable=lora_rank > 0)
         if lora_targets == "language":
             lora_targets = r".*language_model.*\.(" + "|".join(sorted(_language_linears(policy))) + ")"

@@ -273,7 +273,7 @@ def _open(data: str, split: str) -> Examples:
             dataset = dataset[split]
     except Exception as error:  # whatever pyarrow, fsspec and the Hub raise
         what = "cannot be loaded" if path.exists() else "is no file or folder here, and no Hub id that can be loaded"
-        raise DataError(f"data {data!r} {what}: {error}; valid: {VALID_DATA}") from error
+        raise DataError(f"data {data!r} {what} ({type(error).__name__}: {error}); valid: {VALID_DATA}") from error
     folder = path.parent if path.is_file() else path
     # Arrow rows keep the pictures encoded, where the default format would decode them.
     return Examples(data, dataset.with_format("arrow"), range(len(dataset)), folder)

@@ -1,0 +1,188 @@
+"""Sampling: equal to generate when greedy, the right distribution when not, one cache for everybody."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import rollout
+from config import ConfigError
+from data.examples import DataError, load_examples
+from prompts import base_model, encode_prompt
+from rollout import RolloutConfig, check_prompts, choose_tokens, group_generator, sample_group, sample_groups
+from vlm import eos_token_ids, load_policy, suppressed_token_ids
+
+
+@pytest.mark.parametrize("family", ["qwen3_vl", "qwen2_5_vl"])
+def test_greedy_packed_sampling_equals_generate(model_folders, examples, family):
+    model, processor = load_policy(model_folders[family], lora_rank=0)
+    groups = sample_groups(model, processor, examples[:6], num_generations=2, max_new_tokens=40, temperature=0)
+    lengths = set()
+    for group in groups:
+        prompt = encode_prompt(processor, group.example)
+        output = base_model(model).generate(
+            input_ids=prompt.input_ids[None],
+            attention_mask=torch.ones_like(prompt.input_ids[None]),
+            **prompt.model_inputs,
+            do_sample=False,
+            max_new_tokens=40,
+            suppress_tokens=suppressed_token_ids(model, processor).tolist(),
+        )
+        expected = output[0, len(prompt.input_ids) :]
+        for completion in group.completions:
+            assert torch.equal(completion, expected)
+        lengths.add(len(expected))
+    if family == "qwen3_vl":
+        assert len(lengths) > 1  # completions that end at different steps are the case worth testing
+
+
+def test_a_group_does_not_depend_on_its_neighbours_in_the_cache(policy, examples):
+    model, processor = policy
+    options = {"num_generations": 3, "max_new_tokens": 20, "top_p": 0.9}
+
+    def together(sampling_tokens):
+        generators = [group_generator(0, "neighbours", number) for number in range(5)]
+        groups = sample_groups(
+            model, processor, examples[:5], generators=generators, sampling_tokens=sampling_tokens, **options
+        )
+        return [[completion.tolist() for completion in group.completions] for group in groups]
+
+    alone = together(1)
+    assert together(10_000) == alone
+    single = sample_group(model, processor, examples[3], generator=group_generator(0, "neighbours", 3), **options)
+    assert [completion.tolist() for completion in single.completions] == alone[3]
+    assert len({tuple(completion) for group in alone for completion in group}) > 10
+
+
+def test_sampled_tokens_follow_the_softmax():
+    logits = torch.tensor([[2.0, 0.0, -1.0, 1.0, float("-inf")]])
+    count = 20_000
+    drawn = choose_tokens(logits.expand(count, -1), torch.rand(count, generator=group_generator(1)), temperature=0.8)
+    frequencies = torch.bincount(drawn, minlength=5) / count
+    torch.testing.assert_close(frequencies, (logits[0] / 0.8).softmax(-1), atol=0.015, rtol=0)
+    assert frequencies[4] == 0
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.floats(-20, 20), min_size=2, max_size=12), st.floats(0.05, 1.0), st.floats(0, 1, exclude_max=True))
+def test_top_p_keeps_what_transformers_keeps(values, top_p, uniform):
+    from transformers import TopPLogitsWarper
+
+    logits = torch.tensor([values])
+    kept = TopPLogitsWarper(top_p)(None, logits.clone()).isfinite()[0]
+    token = choose_tokens(logits, torch.tensor([uniform]), top_p=top_p)
+    assert kept[token] or logits[0, token] == logits[0][kept].min()  # equal logits at the edge may change places
+
+
+@pytest.mark.parametrize("uniform", [0.0, 1 - 2**-24])
+def test_the_ends_of_the_uniform_interval_draw_possible_tokens(uniform):
+    logits = torch.full((1, 1000), float("-inf"))
+    logits[0, 500:700] = torch.linspace(-1, 1, 200)
+    token = choose_tokens(logits, torch.tensor([uniform]), top_p=0.7).item()
+    assert 500 <= token < 700
+
+
+def test_a_sampled_image_token_cannot_happen(model_folders, examples):
+    """A placeholder token in a completion breaks the next forward: features and tokens no longer match."""
+    model, processor = load_policy(model_folders["qwen3_vl"], lora_rank=0)
+    head = base_model(model).get_output_embeddings()
+    wanted = suppressed_token_ids(model, processor)
+    bias = torch.zeros(head.weight.shape[0])
+    bias[wanted] = 1e4
+    head.register_forward_hook(lambda module, inputs, logits: logits + bias)
+    group = sample_group(model, processor, examples[0], num_generations=4, max_new_tokens=12)
+    assert not torch.isin(torch.cat(group.completions), wanted).any()
+
+
+def test_completions_end_at_eos_or_are_marked_as_truncated(model_folders, examples):
+    model, processor = load_policy(model_folders["qwen3_vl"], lora_rank=0)
+    ends, seen = eos_token_ids(model, processor), set()
+    for limit in (3, 60):
+        group = sample_group(
+            model, processor, examples[0], num_generations=6, max_new_tokens=limit, generator=group_generator(2)
+        )
+        for completion, truncated, text in zip(group.completions, group.truncated, group.texts, strict=True):
+            assert len(completion) <= limit
+            assert truncated == (int(completion[-1]) not in ends)
+            assert not any(int(token) in ends for token in completion[:-1])
+            assert truncated <= (len(completion) == limit)
+            assert "<|im_end|>" not in text
+            seen.add(truncated)
+    assert seen == {True, False}
+
+
+def test_sampling_works_in_training_mode_with_checkpointing(model_folders, examples):
+    """Gradient checkpointing switches the cache off in training mode; sampling must not notice."""
+    model, processor = load_policy(model_folders["qwen3_vl"], lora_rank=2)
+    options = {"num_generations": 1, "max_new_tokens": 10, "temperature": 0}
+    before = sample_group(model, processor, examples[0], **options).texts
+    base_model(model).activation_checkpointing_enable({"use_reentrant": False})
+    model.train()
+    assert sample_group(model, processor, examples[0], **options).texts == before
+    assert model.training
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"num_generations": 0, "temperature": -1}, ["num_generations=0", "temperature=-1"]),
+        ({"max_new_tokens": 0, "top_p": 0}, ["max_new_tokens=0", "top_p=0"]),
+        ({"top_p": 1.5}, ["top_p=1.5", "at most 1"]),
+    ],
+)
+def test_all_wrong_options_are_said_at_once(policy, examples, options, words):
+    options = {"num_generations": 2, "max_new_tokens": 4} | options
+    with pytest.raises(ValueError) as error:
+        sample_group(*policy, examples[0], **options)
+    assert all(word in str(error.value) for word in words)
+
+
+def test_prompt_longer_than_the_model_allows(policy, examples):
+    model, processor = policy
+    example = examples[0] | {"question": "Where is the star? " * 600, "id": "long-one"}
+    with pytest.raises(DataError, match=r"long-one.*positions.*max_pixels"):
+        sample_group(model, processor, example, num_generations=2, max_new_tokens=8)
+
+
+def test_too_long_prompts_are_all_found_before_work_starts(policy, examples, tmp_path):
+    picture = tmp_path / "picture.png"
+    examples[0]["image"].save(picture)
+    rows = [{"image": "picture.png", "question": "Where? " * count, "answer": "there"} for count in (1, 900, 2, 1500)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = load_examples(str(tmp_path / "rows.jsonl"), require_boxes=False)
+    with pytest.raises(DataError) as error:
+        check_prompts(*policy, data, None, 16)
+    assert "rows.jsonl:2" in str(error.value) and "rows.jsonl:4" in str(error.value)
+    assert "rows.jsonl:1'" not in str(error.value) and "rows.jsonl:3" not in str(error.value)
+    check_prompts(
+        *policy, data[:1] and load_examples(str(tmp_path / "rows.jsonl"), limit=1, require_boxes=False), None, 16
+    )
+
+
+def test_the_command_writes_rows_and_goes_on_where_it_stopped(tmp_path, monkeypatch):
+    output = tmp_path / "rollouts.jsonl"
+    config = RolloutConfig(data="scenes:heldout", limit=3, output=str(output), num_generations=2, max_new_tokens=8)
+    rollout.main(config)
+    whole = output.read_text()
+    rows = [json.loads(line) for line in whole.splitlines()]
+    assert [len(row["texts"]) for row in rows] == [2, 2, 2] and len({row["id"] for row in rows}) == 3
+    with pytest.raises(ConfigError, match="--resume"):
+        rollout.main(config)
+    lines = whole.splitlines(keepends=True)
+    output.write_text(lines[0] + lines[1][:20])  # interrupted in the middle of a row
+    config.resume = True
+    rollout.main(config)
+    assert output.read_text() == whole
+
+
+def test_scripts_import_silently():
+    """Importing any script runs nothing and prints nothing."""
+    names = "attention checkpoint config evaluate metrics packing prompts reward rollout train_rl visualize vlm"
+    names += " data.examples data.scenes data.build_tiny_policy"
+    code = "import sys\n" + "\n".join(f"import {name}" for name in names.split())
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
