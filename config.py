@@ -22,7 +22,10 @@ class ConfigError(ValueError):
 
 def option(default, help: str, choices: tuple | None = None):
     """A dataclass field with its help text and, if given, its valid values."""
-    metadata = {"help": help + (f" One of: {', '.join(map(str, choices))}." if choices else ""), "choices": choices}
+    metadata = {"help": help}
+    if choices:
+        # argparse would stop at the first value that is not among its choices; problems() says all of them.
+        metadata["metavar"] = "{" + ",".join(choices) + "}"
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata=metadata)
     return field(default=default, metadata=metadata)
@@ -56,9 +59,9 @@ class PolicyConfig:
         """What is wrong, one sentence each. Subclasses add theirs."""
         found = []
         for entry in fields(self):
-            choices, value = entry.metadata["choices"], getattr(self, entry.name)
-            if choices and value not in choices:
-                found.append(f"{entry.name}={value!r}: valid are {', '.join(map(repr, choices))}")
+            value, valid = getattr(self, entry.name), entry.metadata.get("metavar")
+            if valid and value not in valid.strip("{}").split(","):
+                found.append(f"{entry.name}={value!r}: valid are {valid}")
         found += at_least(self, 1, "limit", "max_pixels", "sampling_tokens")
         return found
 

@@ -123,6 +123,10 @@ def load_policy(
         quantization_config=quantization,
         device_map={"": device},
     )
+    for module in policy.modules():
+        # In eval mode bitsandbytes packs the weights for newer CPUs, and from then on its backward is silently wrong.
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
     if attn == "sdpa":
         policy.set_attn_implementation({"text_config": PROBED_ATTENTION})
     processor = AutoProcessor.from_pretrained(model, revision=revision)

@@ -302,7 +302,10 @@ def load_examples(
     if limit is not None and limit < 1:
         raise ValueError(f"limit is {limit}; give a positive number of examples, or None for all of them")
     if data.partition(":")[0] == "scenes":
-        scenes = load_scenes(f"scenes:{split}" if data == "scenes" else data)
+        try:
+            scenes = load_scenes(f"scenes:{split}" if data == "scenes" else data)
+        except ValueError as error:
+            raise DataError(str(error)) from error
         return Examples(data, scenes, range(len(scenes)), Path(), limit)  # drawn by sayo itself, nothing to check
     examples = _open(data, split)
     if not len(examples):
