@@ -13,7 +13,7 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor, nn
 
-from data.examples import load_picture
+from data.examples import DataError, load_picture
 
 SYSTEM_PROMPT = (
     "Look at the part of the image that the question is about, reason briefly, then answer in <answer></answer>."
@@ -70,6 +70,12 @@ def set_max_pixels(processor, max_pixels: int) -> None:
     size["longest_edge"] = max_pixels  # the processor's name for the largest area
     size["shortest_edge"] = min(size["shortest_edge"], max_pixels)
     image_processor.size = size
+
+
+def image_grids(processor, prompt: Prompt) -> list[tuple[int, int]]:
+    """(rows, columns) of the image tokens of every picture of a prompt, in order."""
+    merge = processor.image_processor.merge_size
+    return [(int(height) // merge, int(width) // merge) for _, height, width in prompt.model_inputs["image_grid_thw"]]
 
 
 def max_image_tokens(processor) -> int:
@@ -139,10 +145,10 @@ def encode_prompt(processor, example: dict, system_prompt: str | None = None) ->
         A Prompt on the CPU.
 
     Raises:
-        ValueError: the question contains the model's image placeholder, or the processor is of no known family.
+        DataError: the question contains the model's image placeholder. PolicyError: a processor of no known family.
     """
     if processor.image_token in question_text(example):
-        raise ValueError(
+        raise DataError(
             f"example {example.get('id')!r}: remove {processor.image_token!r}, which stands for a picture, from the "
             f"question {example['question'][:80]!r}"
         )

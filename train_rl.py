@@ -339,6 +339,7 @@ def main(config: Config) -> None:
     start = load_state(checkpoint, optimizer, scheduler) if checkpoint else 0
 
     main_process = accelerator.is_main_process
+    accelerator.wait_for_everyone()  # every process has looked at the folder before one of them fills it
     if main_process:
         output_dir.mkdir(parents=True, exist_ok=True)
         (output_dir / "config.yaml").write_text(yaml.safe_dump(asdict(config), sort_keys=False))
@@ -354,6 +355,8 @@ def main(config: Config) -> None:
             "A GRPO loss hovers around zero: advantages of a group add up to zero and the ratio starts at 1, so it is\n"
             "its gradient that counts, not its value. Watch the rewards, TAS, KL and advantage shares instead."
         )
+
+    accelerator.wait_for_everyone()
 
     before_path, before = output_dir / "evaluation_before.json", None
     if held_out and not checkpoint:

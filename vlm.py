@@ -22,7 +22,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, BitsAndBytesConfig
 
 from attention import PROBED_ATTENTION, AttentionProbe
-from packing import LAYOUTS
+from packing import LAYOUTS, Layout
 from prompts import (
     FAMILIES,
     PolicyError,
@@ -37,6 +37,7 @@ from prompts import (
 
 __all__ = [
     "Prompt",
+    "attention_maps",
     "encode_prompt",
     "forward_hidden",
     "group_logprobs",
@@ -305,14 +306,27 @@ class TokenStatistics:
 
 
 def resolve_layers(model: nn.Module, layers: Sequence[int]) -> list[int]:
-    """Layer numbers counted from 0, or from the end when negative. Raises ValueError when there is no such layer."""
+    """Layer numbers counted from 0, or from the end when negative. Raises PolicyError when there is no such layer."""
     depth = base_model(model).config.get_text_config().num_hidden_layers
     wrong = [layer for layer in layers if not -depth <= layer < depth]
     if wrong or not layers:
-        raise ValueError(
+        raise PolicyError(
             f"attention_layers={list(layers)}: this model has layers {-depth} to {depth - 1}, give at least one"
         )
     return sorted({layer % depth for layer in layers})
+
+
+def _probed_forward(model: nn.Module, batch: Layout, layers: Sequence[int], query: str) -> tuple[Tensor, Tensor]:
+    """(B, S, D) hidden states, and (T, W) attention of every completion token on the columns of batch.key_weights."""
+    if query not in ("token", "predictor"):
+        raise ValueError(f'attention_query={query!r}: valid are "token" and "predictor"')
+    if _attention_name(model) != PROBED_ATTENTION:
+        raise ValueError('attention rows are read in the "sdpa" path: load the policy with attn="sdpa"')
+    layers = resolve_layers(model, layers)
+    rows = batch.token_rows if query == "token" else batch.predict_rows
+    with AttentionProbe(layers, rows, batch.key_weights) as probe:
+        hidden = forward_hidden(model, batch.input_ids, batch.position_ids, batch.attention_mask, prompts=batch.prompts)
+    return hidden, torch.stack([probe.results[layer] for layer in layers]).mean(0)
 
 
 @torch.no_grad()
@@ -337,18 +351,25 @@ def token_statistics(
     Raises:
         ValueError: no such layer or query, or a model loaded with attn="eager".
     """
-    if query not in ("token", "predictor"):
-        raise ValueError(f'attention_query={query!r}: valid are "token" and "predictor"')
-    if _attention_name(model) != PROBED_ATTENTION:
-        raise ValueError('attention rows are read in the "sdpa" path: load the policy with attn="sdpa"')
-    layers = resolve_layers(model, layers)
     batch = LAYOUTS[layout](model, [prompt], [completions])
-    query_rows = batch.token_rows if query == "token" else batch.predict_rows
-    with AttentionProbe(layers, query_rows, batch.key_weights) as probe:
-        hidden = forward_hidden(model, batch.input_ids, batch.position_ids, batch.attention_mask, prompts=batch.prompts)
+    hidden, attention = _probed_forward(model, batch, layers, query)  # attention (T, 2)
     rows = hidden.flatten(0, 1)[batch.predict_rows]  # (T, D)
     head = base_model(model).get_output_embeddings()
     logps, entropies = row_logprobs(head, rows, batch.completion_ids, temperature, with_entropy=True)
-    attention = torch.stack([probe.results[layer] for layer in layers]).mean(0)  # (T, 2)
     parts = (logps, entropies, attention[:, 0], attention[:, 1])
     return TokenStatistics(*(list(part.split(batch.lengths)) for part in parts))
+
+
+@torch.no_grad()
+def attention_maps(
+    model: nn.Module, prompt: Prompt, completion: Tensor, *, layers: Sequence[int] = (-1,), query: str = "token"
+) -> Tensor:
+    """Attention of every token of one completion on every image token, mean over heads and layers: (n, N) float32.
+
+    Args and Raises: as token_statistics, whose target and image attention are weighted means of these rows.
+    """
+    batch = LAYOUTS["packed"](model, [prompt], [[completion]])
+    one_column_each = torch.zeros(1, batch.input_ids.shape[1], len(prompt.image_token_index))  # (1, S, N)
+    one_column_each[0, prompt.image_token_index, torch.arange(len(prompt.image_token_index))] = 1
+    batch.key_weights = one_column_each.to(batch.key_weights)
+    return _probed_forward(model, batch, layers, query)[1]
