@@ -56,7 +56,7 @@ def plot_curves(metrics_path: Path, output: Path) -> None:
                 axis.plot(steps, _smooth(list(values)), color=line.get_color(), label=name.split("/")[-1])
         axis.set_title(title)
         axis.set_xlabel("step")
-        if len(names) > 1:
+        if len(axis.lines) > 2:
             axis.legend()
     figure.savefig(output, dpi=110)
     plt.close(figure)
@@ -107,7 +107,9 @@ def plot_attention(examples: list[dict], columns: dict[str, list], output: Path)
     for place, (name, looks) in enumerate(columns.items(), 1):
         for axis, example, (heat, text, tas) in zip(axes[:, place], examples, looks, strict=True):
             width, height = example["images"][0].size
-            axis.imshow(heat, extent=(0, width, height, 0), cmap="inferno", alpha=0.65, interpolation="bicubic")
+            # Where the policy does not look, the picture stays as it is.
+            options = {"alpha": 0.85 * heat / heat.max(), "interpolation": "nearest", "vmin": 0}
+            axis.imshow(heat, extent=(0, width, height, 0), cmap="autumn_r", **options)
             axis.set_title(f"{name}, TAS {tas:.2f}\n{text}", fontsize=8, wrap=True)
     figure.savefig(output, dpi=110)
     plt.close(figure)

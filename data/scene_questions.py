@@ -1,0 +1,279 @@
+"""The questions about the pictures of data/scenes.py: their wording, answers, targets and reasoning.
+
+To add a kind of question, write a function like the ones below and enter it at the end of the file. It gets a random
+generator, the things of a picture and the picture's width and height in pixels.
+"""
+
+import math
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+
+SHAPES = ("circle", "square", "triangle", "star", "cross")
+COLORS = {
+    "red": (214, 36, 40),
+    "green": (40, 158, 60),
+    "blue": (30, 80, 205),
+    "yellow": (238, 205, 25),
+    "purple": (142, 50, 178),
+    "orange": (246, 128, 22),
+}
+
+
+@dataclass(frozen=True)
+class Thing:
+    """One thing in a picture: a shape, a bar, or a legend entry (a color swatch and its letter).
+
+    `name` is a shape, "bar" or "legend"; `size` is "small", "large" or "" (bars, legend); `letter` is "" for shapes.
+    `box` is (x1, y1, x2, y2) in pixels, x2 and y2 exclusive, and bounds exactly the pixels that were painted.
+    """
+
+    name: str
+    color: str
+    size: str
+    letter: str
+    box: tuple[int, int, int, int]
+
+    @property
+    def center(self) -> tuple[float, float]:
+        """Center of the box in pixels, (x, y)."""
+        return (self.box[0] + self.box[2]) / 2, (self.box[1] + self.box[3]) / 2
+
+    @property
+    def height(self) -> int:
+        """Height of the box in pixels."""
+        return self.box[3] - self.box[1]
+
+    @property
+    def pair(self) -> tuple[str, str]:
+        """What may be held out: (shape, color), or (letter, color) of a chart."""
+        return self.letter or self.name, self.color
+
+
+@dataclass(frozen=True)
+class Question:
+    """A question about one picture, its answer, the things it is about, and the reasoning that finds them."""
+
+    text: str
+    answer: str
+    targets: list[Thing]
+    reasoning: str
+
+
+# Each function asks one question about the things of a picture, or returns None when the picture does not suit it.
+
+
+def region_name(thing: Thing, width: int, height: int) -> str:
+    """Which ninth of a width x height picture the center of a thing lies in: "top left", "center", "right", ..."""
+    x, y = thing.center
+    column = ("left", "", "right")[int(3 * x / width)]
+    row = ("top", "", "bottom")[int(3 * y / height)]
+    return f"{row} {column}".strip() or "center"
+
+
+def _only(things: list[Thing], **look: str) -> Thing | None:
+    """The one thing that looks so, None when there are none or several."""
+    found = [thing for thing in things if all(getattr(thing, key) == value for key, value in look.items())]
+    return found[0] if len(found) == 1 else None
+
+
+def _two_unique(rng: random.Random, things: list[Thing]) -> list[Thing]:
+    """Two things that color and shape single out, fewer when the picture does not have them."""
+    unique = [thing for thing in things if _only(things, name=thing.name, color=thing.color)]
+    return rng.sample(unique, min(2, len(unique)))
+
+
+def _finish(rng: random.Random, text: str, answer: str, targets: list[Thing], usual: str, other: str) -> Question:
+    """Half of the reasonings answer in haste, the others look first, in two wordings.
+
+    Real policies do both, and that is what an attention reward has to work on: which of its own ways to prefer.
+    """
+    hasty = f"Let me think about the question. I would say {answer}."
+    reasoning = rng.choices((hasty, usual, other), (0.5, 0.3, 0.2))[0]
+    return Question(text, answer, targets, f"{reasoning} <answer>{answer}</answer>")
+
+
+def _ask_color(rng: random.Random, things: list[Thing], width: int, height: int) -> Question | None:
+    thing, with_size = rng.choice(things), rng.random() < 0.4
+    look = {"name": thing.name} | ({"size": thing.size} if with_size else {})
+    if not _only(things, **look):
+        return None
+    noun = f"{thing.size} {thing.name}" if with_size else thing.name
+    region = region_name(thing, width, height)
+    usual = f"The {noun} is at the {region}. It is {thing.color}."
+    other = f"I look at the {region}. The {noun} there is {thing.color}."
+    return _finish(rng, f"What color is the {noun}?", thing.color, [thing], usual, other)
+
+
+def _ask_shape(rng: random.Random, things: list[Thing], width: int, height: int) -> Question | None:
+    thing, with_size = rng.choice(things), rng.random() < 0.4
+    look = {"color": thing.color} | ({"size": thing.size} if with_size else {})
+    if not _only(things, **look):
+        return None
+    noun = f"{thing.size} {thing.color} object" if with_size else f"{thing.color} object"
+    region = region_name(thing, width, height)
+    usual = f"The {noun} is at the {region}. It is a {thing.name}."
+    other = f"I look at the {region}. The {noun} there is a {thing.name}."
+    return _finish(rng, f"What shape is the {noun}?", thing.name, [thing], usual, other)
+
+
+def _ask_size(rng: random.Random, things: list[Thing], width: int, height: int) -> Question | None:
+    thing = rng.choice(things)
+    if not _only(things, name=thing.name, color=thing.color):
+        return None
+    noun, region = f"{thing.color} {thing.name}", region_name(thing, width, height)
+    usual = f"The {noun} is at the {region}. It looks {thing.size}."
+    other = f"I look at the {region}. The {noun} there is {thing.size}."
+    return _finish(rng, f"Is the {noun} small or large?", thing.size, [thing], usual, other)
+
+
+def _ask_position(rng: random.Random, things: list[Thing], width: int, height: int) -> Question | None:
+    pair = _two_unique(rng, things)
+    if len(pair) < 2:
+        return None
+    first, second = pair
+    axis = rng.randrange(2)
+    apart = first.center[axis] - second.center[axis]
+    if abs(apart) < 16:
+        return None
+    words = ("left", "right") if axis == 0 else ("above", "below")
+    answer = words[apart > 0]
+    nouns = [f"{thing.color} {thing.name}" for thing in pair]
+    places = [region_name(thing, width, height) for thing in pair]
+    text = f"Is the {nouns[0]} {words[0]} or {words[1]}{' of' if axis == 0 else ''} the {nouns[1]}?"
+    usual = f"The {nouns[0]} is at the {places[0]}. The {nouns[1]} is at the {places[1]}."
+    other = f"I look at the {places[0]} for the {nouns[0]} and at the {places[1]} for the {nouns[1]}."
+    return _finish(rng, text, answer, pair, usual, other)
+
+
+def _ask_lookup(rng: random.Random, things: list[Thing], width: int, height: int) -> Question | None:
+    word = rng.choice(("leftmost", "rightmost", "topmost", "bottommost"))
+    axis = 0 if word in ("leftmost", "rightmost") else 1
+    ranked = sorted(things, key=lambda thing: thing.center[axis], reverse=word in ("rightmost", "bottommost"))
+    if abs(ranked[0].center[axis] - ranked[1].center[axis]) < 10:
+        return None
+    thing, wanted = ranked[0], rng.choice(("color", "shape"))
+    answer = thing.color if wanted == "color" else thing.name
+    region = region_name(thing, width, height)
+    usual = f"The {word} object is at the {region}. It is a {thing.size} {thing.color} {thing.name}."
+    other = f"I look at the {region}. There is a {thing.size} {thing.color} {thing.name}."
+    return _finish(rng, f"What {wanted} is the {word} object?", answer, [thing], usual, other)
+
+
+def _ask_count(rng: random.Random, things: list[Thing], width: int, height: int) -> Question | None:
+    by_shape, wanted = rng.random() < 0.5, rng.randint(1, 4)
+    shown = [thing.name if by_shape else thing.color for thing in things]
+    values = [value for value in (SHAPES if by_shape else COLORS) if shown.count(value) == wanted]
+    if not values:
+        return None
+    value = rng.choice(values)
+    found = [thing for thing, look in zip(things, shown, strict=True) if look == value]
+    # Reading order, so that the same picture always has the same list.
+    found.sort(key=lambda thing: (int(3 * thing.center[1] / height), thing.center[0]))
+    places = [f"the {region_name(thing, width, height)}" for thing in found]
+    listed = " and ".join(filter(None, (", ".join(places[:-1]), places[-1])))
+    plural = (value + ("es" if value.endswith("s") else "s")) if by_shape else f"{value} objects"
+    singular = value if by_shape else f"{value} object"
+    usual = f"I see a {singular} at {listed}." if wanted == 1 else f"I see {plural} at {listed}."
+    other = f"Look at {listed}."
+    if not by_shape and wanted == 1:
+        usual = f"I see one {singular} at {listed}."
+    return _finish(rng, f"How many {plural} are there?", str(wanted), found, usual, other)
+
+
+def _ask_comparison(rng: random.Random, things: list[Thing], width: int, height: int) -> Question | None:
+    about, wanted = rng.choice(("size", "larger", "color")), rng.random() < 0.5
+    if about == "color":
+        unique = [thing for thing in things if _only(things, name=thing.name)]
+        pair = rng.sample(unique, min(2, len(unique)))
+    else:
+        pair = _two_unique(rng, things)
+    if len(pair) < 2:
+        return None
+    first, second = pair
+    places = [region_name(thing, width, height) for thing in pair]
+    if about == "color":
+        if (first.color == second.color) is not wanted:
+            return None
+        nouns, looks = [first.name, second.name], [first.color, second.color]
+        text = f"Do the {nouns[0]} and the {nouns[1]} have the same color?"
+    else:
+        nouns, looks = [f"{thing.color} {thing.name}" for thing in pair], [first.size, second.size]
+        text = f"Are the {nouns[0]} and the {nouns[1]} the same size?"
+        if about == "larger":
+            if first.size == second.size:
+                return None
+            text = f"Which is larger, the {nouns[0]} or the {nouns[1]}?"
+        elif (first.size == second.size) is not wanted:
+            return None
+    answer = nouns[looks.index("large")] if about == "larger" else "yes" if wanted else "no"
+    usual = f"The {nouns[0]} at the {places[0]} is {looks[0]}. The {nouns[1]} at the {places[1]} is {looks[1]}."
+    other = f"I look at the {places[0]}: {looks[0]}. I look at the {places[1]}: {looks[1]}."
+    return _finish(rng, text, answer, pair, usual, other)
+
+
+def _ask_nearest(rng: random.Random, things: list[Thing], width: int, height: int) -> Question | None:
+    thing = rng.choice(things)
+    if not _only(things, name=thing.name, color=thing.color):
+        return None
+    others = sorted((math.dist(thing.center, other.center), i) for i, other in enumerate(things) if other is not thing)
+    if others[0][0] > 0.75 * others[1][0]:
+        return None
+    nearest = things[others[0][1]]
+    noun, region = f"{thing.color} {thing.name}", region_name(thing, width, height)
+    usual = f"The {noun} is at the {region}. The object there is a {nearest.name}."
+    other = f"I look at the {region}. There is a {nearest.name}."
+    text = f"What shape is the object closest to the {noun}?"
+    return _finish(rng, text, nearest.name, [thing, nearest], usual, other)
+
+
+def _series(things: list[Thing], letter: str) -> list[Thing]:
+    """The legend entry and the bar of one letter, in this order."""
+    return sorted((thing for thing in things if thing.letter == letter), key=lambda thing: thing.name != "legend")
+
+
+def _ask_chart_extreme(rng: random.Random, things: list[Thing], width: int, height: int) -> Question | None:
+    word = rng.choice(("tallest", "shortest"))
+    bars = sorted((thing for thing in things if thing.name == "bar"), key=lambda bar: bar.height)
+    bar = bars[-1 if word == "tallest" else 0]
+    usual = f"The {word} bar is {bar.color}. In the legend, {bar.color} is {bar.letter}."
+    other = f"I look at the {bar.color} bar. The legend says {bar.letter}."
+    return _finish(rng, f"Which series is the {word}?", bar.letter, _series(things, bar.letter), usual, other)
+
+
+def _ask_chart_comparison(rng: random.Random, things: list[Thing], width: int, height: int) -> Question | None:
+    first, second = rng.sample([thing for thing in things if thing.name == "bar"], 2)
+    taller = max(first, second, key=lambda bar: bar.height)
+    word = rng.choice(("taller", "shorter"))
+    answer = "yes" if (taller is first) == (word == "taller") else "no"
+    text = f"Is {first.letter} {word} than {second.letter}?"
+    targets = _series(things, first.letter) + _series(things, second.letter)
+    usual = f"{first.letter} is {first.color} and {second.letter} is {second.color}. The {taller.color} bar is taller."
+    other = f"In the legend, {first.letter} is {first.color} and {second.letter} is {second.color}."
+    return _finish(rng, text, answer, targets, usual, other)
+
+
+def _ask_chart_color(rng: random.Random, things: list[Thing], width: int, height: int) -> Question | None:
+    entry = rng.choice([thing for thing in things if thing.name == "legend"])
+    usual = f"In the legend, series {entry.letter} is {entry.color}."
+    other = f"I look at the legend. {entry.letter} is {entry.color}."
+    text = f"What color is series {entry.letter}?"
+    return _finish(rng, text, entry.color, _series(things, entry.letter), usual, other)
+
+
+SHAPE_KINDS: dict[str, Callable] = {
+    "color": _ask_color,
+    "shape": _ask_shape,
+    "size": _ask_size,
+    "position": _ask_position,
+    "lookup": _ask_lookup,
+    "count": _ask_count,
+    "comparison": _ask_comparison,
+}
+CHART_KINDS: dict[str, Callable] = {
+    "chart_extreme": _ask_chart_extreme,
+    "chart_comparison": _ask_chart_comparison,
+    "chart_color": _ask_chart_color,
+}
+NEW_KINDS: dict[str, Callable] = {"nearest": _ask_nearest}
+KINDS = (*SHAPE_KINDS, *CHART_KINDS)
