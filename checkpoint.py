@@ -5,10 +5,17 @@ random number are functions of (seed, step).
 """
 
 import json
+import os
 import shutil
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
+import yaml
+
+from config import ConfigError
+
+MAY_CHANGE = ("max_steps", "save_steps", "resume", "report_to", "sampling_tokens", "output_dir")
 
 
 def save_checkpoint(output_dir: Path, step: int, model, optimizer, scheduler) -> Path:
@@ -27,7 +34,12 @@ def save_checkpoint(output_dir: Path, step: int, model, optimizer, scheduler) ->
 def newest_checkpoint(output_dir: Path) -> Path | None:
     """The checkpoint of the latest step, or None."""
     found = [path for path in output_dir.glob("checkpoints/step-*") if path.suffix != ".partial"]
-    return max(found, default=None, key=lambda path: int(path.name.removeprefix("step-")))
+    return max(found, default=None, key=step_of)
+
+
+def step_of(checkpoint: Path) -> int:
+    """How many steps a checkpoint's folder says were done."""
+    return int(checkpoint.name.removeprefix("step-"))
 
 
 def load_state(checkpoint: Path, optimizer, scheduler) -> int:
@@ -44,3 +56,38 @@ def keep_steps_until(path: Path, last_step: int) -> None:
         return
     whole = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
     path.write_text("".join(line for line in whole if json.loads(line)["step"] <= last_step))
+
+
+def open_run(config) -> Path | None:
+    """The checkpoint to resume from, or None to start at step 0.
+
+    Raises:
+        ConfigError: output_dir cannot be written to, holds a run that is not to be resumed, or none that could be; or
+            settings that a resumed run must keep are not the same.
+    """
+    output_dir = Path(config.output_dir)
+    existing = next(path for path in (output_dir, *output_dir.absolute().parents) if path.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        raise ConfigError(f"output_dir={config.output_dir!r}: {str(existing)!r} is no folder that can be written to")
+    former = output_dir / "config.yaml"
+    if config.resume and not former.exists():
+        raise ConfigError(f"resume: {config.output_dir!r} holds no run; leave --resume out to start one there")
+    if not config.resume and former.exists():
+        raise ConfigError(
+            f"output_dir={config.output_dir!r} holds a run already: go on with it by --resume, give another "
+            "--output_dir, or delete the folder"
+        )
+    if not config.resume:
+        return None
+    before, now = yaml.safe_load(former.read_text()), asdict(config)
+    changed = [name for name in now if name not in MAY_CHANGE and before.get(name) != now[name]]
+    if changed:
+        listed = "; ".join(f"{name} was {before.get(name)!r}, is {now[name]!r}" for name in changed)
+        raise ConfigError(
+            f"resume: {listed}. A resumed run keeps its settings: give --config {former}, and beside it at most "
+            f"{', '.join(MAY_CHANGE)}"
+        )
+    checkpoint = newest_checkpoint(output_dir)  # None when the run stopped before its first one: it starts again
+    if checkpoint and step_of(checkpoint) > config.max_steps:
+        raise ConfigError(f"max_steps={config.max_steps}: {checkpoint} is further already; give more")
+    return checkpoint

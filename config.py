@@ -1,6 +1,7 @@
 """Settings: the fields that the scripts share, and reading them from flags and YAML with every problem said at once."""
 
 import difflib
+import math
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
@@ -51,7 +52,7 @@ class PolicyConfig:
 
     def policy_arguments(self, lora_rank: int) -> dict:
         """Keyword arguments for vlm.load_policy."""
-        model = EMBEDDED_POLICY if self.model == "data/tiny_policy" else self.model
+        model = EMBEDDED_POLICY if Path(self.model) == Path("data/tiny_policy") else self.model
         names = ("revision", "adapter", "load_in_4bit", "dtype", "max_pixels")
         return {"model": model, "lora_rank": lora_rank} | {name: getattr(self, name) for name in names}
 
@@ -62,6 +63,12 @@ class PolicyConfig:
             value, valid = getattr(self, entry.name), entry.metadata.get("metavar")
             if valid and value not in valid.strip("{}").split(","):
                 found.append(f"{entry.name}={value!r}: valid are {valid}")
+            if value is None and entry.default is not None and entry.type not in (int | None, str | None):
+                found.append(f"{entry.name} is null: give a value")
+            if isinstance(value, float) and not math.isfinite(value):
+                found.append(f"{entry.name}={value}: give a finite number")
+        if not 0 <= self.seed < 2**32:
+            found.append(f"seed={self.seed}: give 0 to {2**32 - 1}")
         found += at_least(self, 1, "limit", "max_pixels", "sampling_tokens")
         return found
 
@@ -115,10 +122,10 @@ def read_config(config_class: type, arguments: list[str]):
     parser.error = complain
     pairs, rest = parser.parse_known_args(arguments)
     if pairs.config is not None:
-        from_file = _yaml_arguments(Path(pairs.config), valid, found)
-        at = next(i for i, argument in enumerate(arguments) if argument.split("=")[0] == "--config")
+        from_file, nulls = _yaml_arguments(Path(pairs.config), valid, found)
+        parser.set_defaults(**dict.fromkeys(nulls))
         # In front of the flags, so that a flag comes last and wins.
-        pairs, rest = parser.parse_known_args(from_file + arguments[:at] + arguments[at:])
+        pairs, rest = parser.parse_known_args(from_file + arguments)
     del pairs.config
     for argument in rest:
         if argument.startswith("--"):
@@ -132,11 +139,11 @@ def read_config(config_class: type, arguments: list[str]):
     return config
 
 
-def _yaml_arguments(path: Path, valid: list[str], found: list[str]) -> list[str]:
-    """The fields of a YAML file as flags; unknown ones go to `found`."""
+def _yaml_arguments(path: Path, valid: list[str], found: list[str]) -> tuple[list[str], list[str]]:
+    """The fields of a YAML file as flags, and the names of those that are null; unknown ones go to `found`."""
     try:
         settings = yaml.safe_load(path.read_text())
-    except (OSError, yaml.YAMLError) as error:
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ConfigError(f"config={str(path)!r} cannot be read as YAML: {error}") from error
     if not isinstance(settings, dict):
         raise ConfigError(f"config={str(path)!r}: give one field per line, such as `max_steps: 100`")
@@ -149,7 +156,7 @@ def _yaml_arguments(path: Path, valid: list[str], found: list[str]) -> list[str]
             # "=" also carries values that begin with a dash, such as attention_layers: -1.
             single = not isinstance(value, list)
             arguments += [f"--{name}={values[0]}"] if single else [f"--{name}", *map(str, values)]
-    return arguments
+    return arguments, [name for name, value in settings.items() if name in valid and value is None]
 
 
 def _unknown(name: str, valid: list[str]) -> str:
@@ -165,3 +172,5 @@ def run_command(config_class: type, main: Callable) -> None:
         main(read_config(config_class, sys.argv[1:]))
     except (ConfigError, DataError, PolicyError) as error:
         sys.exit(f"{Path(sys.argv[0]).name}: {error}")
+    except KeyboardInterrupt:
+        sys.exit(f"{Path(sys.argv[0]).name}: interrupted; what was written stays, --resume goes on where there is one")

@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from accelerate.utils import gather_object
+from torch.utils.data import Subset
 from tqdm import tqdm
 
 from config import PolicyConfig, at_least, option, run_command
@@ -24,7 +26,7 @@ from rollout import check_prompts, sample_groups
 from vlm import load_policy, resolve_layers
 
 METRICS = ("accuracy", "format", "tas", "tas_selected", "length", "truncated")
-EXAMPLES_AT_A_TIME = 64
+EXAMPLES_AT_A_TIME = 16  # pixels of so many pictures are in memory together
 
 
 @dataclass
@@ -36,7 +38,10 @@ class EvaluateConfig(RewardConfig, PolicyConfig):
     json: str | None = option(None, "JSON file for the summary and every completion.")
 
     def problems(self) -> list[str]:
-        return super().problems() + at_least(self, 1, "max_new_tokens")
+        found = super().problems() + at_least(self, 1, "max_new_tokens")
+        if self.json and (not Path(self.json).absolute().parent.is_dir() or Path(self.json).is_dir()):
+            found.append(f"json={self.json!r}: give the name of a file in a folder that exists")
+        return found
 
 
 def evaluate_policy(model, processor, examples: Sequence[dict], config, *, description: str = "evaluate") -> list[dict]:
@@ -71,6 +76,13 @@ def evaluate_policy(model, processor, examples: Sequence[dict], config, *, descr
             progress.update()
     progress.close()
     return rows
+
+
+def evaluate_shared(model, processor, examples, config, accelerator, description: str) -> list[dict]:
+    """evaluate_policy with the examples shared out over the processes; rows in the order of the examples."""
+    share = range(accelerator.process_index, len(examples), accelerator.num_processes)
+    rows = evaluate_policy(model, processor, Subset(examples, share), config, description=description)
+    return [row for _, row in sorted(gather_object(list(zip(share, rows, strict=True))), key=lambda pair: pair[0])]
 
 
 def bootstrap_interval(
@@ -133,6 +145,20 @@ def report(before: Sequence[dict], after: Sequence[dict] | None = None, names: S
     return columns
 
 
+def without_nan(value):
+    """The same rows and summaries with null for what is unknown, since JSON has no NaN."""
+    if isinstance(value, dict):
+        return {name: without_nan(part) for name, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [without_nan(part) for part in value]
+    return None if isinstance(value, float) and math.isnan(value) else value
+
+
+def with_nan(rows: list[dict]) -> list[dict]:
+    """Rows read back from JSON, NaN again where a metric is null."""
+    return [{name: math.nan if name in METRICS and v is None else v for name, v in row.items()} for row in rows]
+
+
 def main(config: EvaluateConfig) -> None:
     examples = load_examples(
         config.data, split=config.split, limit=config.limit, bad_rows=config.bad_rows, require_boxes=False
@@ -158,7 +184,7 @@ def main(config: EvaluateConfig) -> None:
             "summary": columns,
             "rows": rows,
         }
-        Path(config.json).write_text(json.dumps(result, indent=1, ensure_ascii=False))
+        Path(config.json).write_text(json.dumps(without_nan(result), indent=1, ensure_ascii=False))
         print(f"-> {config.json}")
 
 

@@ -107,7 +107,7 @@ class Prompt:
     image_token_index: Tensor  # (N,) positions in input_ids
     coverage: Tensor  # (N,)
     model_inputs: dict = field(repr=False)  # pixels, grids: whatever the model's vision side takes
-    image_features: object = field(default=None, repr=False)  # the frozen vision tower's output, kept between stages
+    image_features: object = field(default=None, repr=False)  # (whose, what): a frozen vision tower's output, kept
     position_ids: Tensor | None = field(default=None, repr=False)  # (axes, P), see prompt_positions
 
 
@@ -117,6 +117,11 @@ def question_text(example: dict) -> str:
     for number, choice in enumerate(example.get("choices") or []):
         lines.append(f"{chr(ord('A') + number)}. {choice}")
     return "\n".join(lines)
+
+
+def placeholders_in(processor, example: dict) -> list[str]:
+    """The model's picture and video placeholders that stand in the text of an example, where they must not."""
+    return [token for token in (processor.image_token, processor.video_token) if token in question_text(example)]
 
 
 def example_images(example: dict) -> list[Image.Image]:
@@ -147,10 +152,11 @@ def encode_prompt(processor, example: dict, system_prompt: str | None = None) ->
     Raises:
         DataError: the question contains the model's image placeholder. PolicyError: a processor of no known family.
     """
-    if processor.image_token in question_text(example):
+    placeholders = placeholders_in(processor, example)
+    if placeholders:
         raise DataError(
-            f"example {example.get('id')!r}: remove {processor.image_token!r}, which stands for a picture, from the "
-            f"question {example['question'][:80]!r}"
+            f"example {example.get('id')!r}: remove {', '.join(placeholders)}, which stands for a picture or a video, "
+            f"from the question or the choices: {question_text(example)[:80]!r}"
         )
     images = example_images(example)
     text = prompt_text(processor, example, system_prompt)
@@ -174,10 +180,11 @@ def region_coverage(processor, images: Sequence[Image.Image], boxes: Sequence) -
 
     Returns:
         (N,) float tensor in [0, 1], in the order of the prompt's image tokens. A box smaller than a cell keeps its
-        share, so that no region is ever empty.
+        share; boxes that vanish altogether when a huge picture is shrunk are grown until they show, so that no region
+        is ever empty.
 
     Raises:
-        ValueError: the number of box lists is not the number of pictures.
+        ValueError: the number of box lists is not the number of pictures, or a box has no area or lies outside.
     """
     family = _processor_family(processor)
     if not boxes:
@@ -192,6 +199,11 @@ def region_coverage(processor, images: Sequence[Image.Image], boxes: Sequence) -
     for image, image_boxes in zip(images, boxes, strict=True):
         mask = Image.new("RGB", image.size)
         for x1, y1, x2, y2 in image_boxes:
+            if x2 <= x1 or y2 <= y1 or x2 <= 0 or y2 <= 0 or x1 >= image.width or y1 >= image.height:
+                raise ValueError(
+                    f"box {[x1, y1, x2, y2]}: give x1 < x2 and y1 < y2 in pixels of its {image.width} x {image.height} "
+                    "picture"
+                )
             left, top = round(x1), round(y1)
             # Pillow's rectangle includes its last pixel; a box, like a slice, does not. At least one pixel is painted.
             right, bottom = max(left + 1, round(x2)) - 1, max(top + 1, round(y2)) - 1
@@ -200,7 +212,14 @@ def region_coverage(processor, images: Sequence[Image.Image], boxes: Sequence) -
         masks.append(mask)
     processed = processor.image_processor(images=masks, do_normalize=False, return_tensors="pt")
     # Bicubic resizing overshoots beside an edge.
-    return family.token_shares(processed, processor.image_processor).clamp(0, 1)  # (N,)
+    coverage = family.token_shares(processed, processor.image_processor).clamp(0, 1)  # (N,)
+    if any(boxes) and not coverage.any():
+        grown = [
+            [(2 * x1 - x2, 2 * y1 - y2, 2 * x2 - x1, 2 * y2 - y1) for x1, y1, x2, y2 in image_boxes]
+            for image_boxes in boxes
+        ]
+        return region_coverage(processor, images, grown)
+    return coverage
 
 
 def prompt_positions(model: nn.Module, prompt: Prompt) -> Tensor:
@@ -232,15 +251,15 @@ def image_features(model: nn.Module, prompts: Sequence[Prompt]):
     """
     inner, frozen, outputs = base_model(model).model, vision_is_frozen(model), []
     for prompt in prompts:
-        output = prompt.image_features
-        if output is None:
+        owner, output = prompt.image_features or (None, None)
+        if owner is not inner or not frozen:
             inputs = {
                 name: prompt.model_inputs[name].to(model_device(model)) for name in ("pixel_values", "image_grid_thw")
             }
             with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen):
                 output = inner.get_image_features(**inputs, return_dict=True)
             if frozen:
-                prompt.image_features = output
+                prompt.image_features = inner, output
         outputs.append(output)
     merged = type(outputs[0])(pooler_output=tuple(part for output in outputs for part in output.pooler_output))
     if getattr(outputs[0], "deepstack_features", None) is not None:

@@ -43,13 +43,15 @@ class RewardConfig:
     )
     format_min_tokens: int | None = option(None, "Scale the format reward down below this length (the script: 60).")
     format_max_tokens: int | None = option(None, "Scale the format reward down above this length (the script: 100).")
-    temperature: float = option(1.0, "Temperature of the distributions whose entropy and log-probs are taken.")
+    temperature: float = option(1.0, "Temperature of sampling, and of the entropies and log-probs that are taken.")
 
     def problems(self) -> list[str]:
         found = super().problems() + at_least(
             self, 0, "attention_weight", "format_weight", "accuracy_weight", "attention_eps"
         )
         found += at_least(self, 1, "format_min_tokens", "format_max_tokens")
+        if self.temperature <= 0:
+            found.append(f"temperature={self.temperature}: give more than 0 (1.0 samples from the policy itself)")
         if not 0 < self.top_fraction <= 1:
             found.append(f"top_fraction={self.top_fraction}: give more than 0, at most 1 (the paper: 0.3)")
         if not self.attention_layers:
@@ -76,7 +78,10 @@ def select_uncertain(entropy: Tensor, top_fraction: float = 0.3) -> Tensor:
 
 
 def _log_ratio(target: Tensor, image: Tensor, eps: float) -> float:
-    return math.log((float(target.double().mean()) + eps) / (float(image.double().mean()) + eps))
+    target_mean, image_mean = float(target.double().mean()) + eps, float(image.double().mean()) + eps
+    if target_mean == 0:  # only with eps 0
+        return -math.inf if image_mean else 0.0
+    return math.log(target_mean / image_mean) if image_mean else math.inf
 
 
 def attention_reward(
@@ -169,17 +174,24 @@ def _number(answer: str) -> float | None:
     return float(plain.group(1).replace(",", "")) if plain and plain.group(1).strip("-.") else None
 
 
+def _same(answer: str, expected: str) -> bool:
+    """Whether two normalized answers are the same text or the same number."""
+    numbers = _number(answer), _number(expected)
+    return answer == expected if None in numbers else math.isclose(*numbers, rel_tol=1e-9)
+
+
 def _choice(answer: str, choices: Sequence[str]) -> int | None:
     """Which choice an answer means: its text, its letter, or "letter. text"; None when it is none of them."""
-    texts = [_normalized(choice) for choice in choices]
-    if answer in texts:
-        return texts.index(answer)
+    texts = [_normalized(str(choice)) for choice in choices]
+    for index, text in enumerate(texts):
+        if _same(answer, text):
+            return index
     lettered = _LETTERED.fullmatch(answer)
     if lettered is None:
         return None
     index = ord(lettered.group(1)) - ord("a")
     named = lettered.group(2)
-    return index if index < len(choices) and (not named or _normalized(named) == texts[index]) else None
+    return index if index < len(choices) and (not named or _same(_normalized(named), texts[index])) else None
 
 
 def is_correct(text: str, example: dict) -> bool:
@@ -195,10 +207,7 @@ def is_correct(text: str, example: dict) -> bool:
     if choices:
         chosen = _choice(answer, choices)
         return chosen is not None and chosen == _choice(expected, choices)
-    numbers = _number(answer), _number(expected)
-    if None not in numbers:
-        return math.isclose(*numbers, rel_tol=1e-9)
-    return answer == expected
+    return _same(answer, expected)
 
 
 # --- a group ----------------------------------------------------------------------------------------------------
@@ -231,7 +240,7 @@ def score_group(model, group: Group, config) -> dict[str, Tensor]:
     rewards = {name: [] for name in (*COMPONENTS, "tas", "tas_selected")}
     for index, text in enumerate(group.texts):
         # The closing EOS is no part of what was said: it never competes for the top fraction.
-        length = len(group.completions[index]) - (not group.truncated[index])
+        length = max(0, len(group.completions[index]) - (not group.truncated[index]))
         target = statistics.target_attention[index][:length]
         image = statistics.image_attention[index][:length]
         entropy = statistics.entropies[index][:length]
@@ -271,6 +280,7 @@ def main(config: ScoreConfig) -> None:
     )
     model, processor = load_policy(**config.policy_arguments(lora_rank=0))
     resolve_layers(model, config.attention_layers)
+    Path(config.output).parent.mkdir(parents=True, exist_ok=True)
     sums, scored = {}, 0
     with Path(config.output).open("w") as file:
         for example in tqdm(examples, desc="reward", unit="group"):

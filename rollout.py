@@ -23,7 +23,16 @@ from transformers import DynamicCache
 from config import ConfigError, PolicyConfig, SamplingConfig, option, run_command
 from data.examples import DataError, load_examples
 from packing import packed_layout, split_by_tokens, tree_mask
-from prompts import Prompt, base_model, encode_prompt, max_image_tokens, model_device, prompt_positions, prompt_text
+from prompts import (
+    Prompt,
+    base_model,
+    encode_prompt,
+    max_image_tokens,
+    model_device,
+    placeholders_in,
+    prompt_positions,
+    prompt_text,
+)
 from vlm import TokenStatistics, eos_token_ids, evaluating, forward_hidden, load_policy, suppressed_token_ids
 
 
@@ -148,14 +157,17 @@ def check_prompts(model, processor, examples, system_prompt: str | None, max_new
     Raises:
         DataError: names every such example, what fits, and the fix.
     """
-    if examples.name.startswith("scenes"):
-        return  # drawn by sayo itself, all of one small size
+    placeholders = [token for token in (processor.image_token, processor.video_token) if token in (system_prompt or "")]
+    if placeholders:
+        raise DataError(f"system_prompt: remove {', '.join(placeholders)}, which stands for a picture or a video")
+    # Scenes are drawn by sayo itself, all of one small size: one of them speaks for all.
+    num_checked = 1 if examples.name.partition(":")[0] == "scenes" else len(examples)
     found = []
-    for index in range(len(examples)):
+    for index in range(num_checked):
         row = examples.peek(index)
         text = prompt_text(processor, row, system_prompt)
         longest = len(processor.tokenizer(text).input_ids) + len(row["images"]) * max_image_tokens(processor)
-        if longest + max_new_tokens <= max_positions(model) and processor.image_token not in row["question"]:
+        if longest + max_new_tokens <= max_positions(model) and not placeholders_in(processor, row):
             continue
         try:
             num_tokens = len(encode_prompt(processor, examples[index], system_prompt).input_ids)

@@ -19,14 +19,14 @@ from pathlib import Path
 import torch
 import yaml
 from accelerate import Accelerator
-from accelerate.utils import gather_object, set_seed
+from accelerate.utils import set_seed
 from torch import Tensor
 from tqdm import tqdm
 
-from checkpoint import keep_steps_until, load_state, newest_checkpoint, save_checkpoint
+from checkpoint import keep_steps_until, load_state, open_run, save_checkpoint
 from config import ConfigError, PolicyConfig, SamplingConfig, at_least, option, run_command
 from data.examples import load_examples
-from evaluate import evaluate_policy, format_table, report
+from evaluate import evaluate_shared, format_table, report, with_nan, without_nan
 from metrics import StageClock, group_metrics, step_metrics
 from prompts import base_model
 from reward import COMPONENTS, RewardConfig, score_group
@@ -43,7 +43,7 @@ class Config(RewardConfig, SamplingConfig, PolicyConfig):
     """Train a multimodal LLM with GRPO, an attention reward, a format reward and an accuracy reward."""
 
     output_dir: str = option("runs/sayo", "Folder of the run: config, metrics, samples, checkpoints, adapter, curves.")
-    max_steps: int = option(80, "Optimizer steps of groups_per_step groups each.")
+    max_steps: int = option(100, "Optimizer steps of groups_per_step groups each.")
     groups_per_step: int = option(8, "Prompts per step, over all processes; gradients add up over their groups.")
     num_iterations: int = option(1, "Updates on the same completions; above 1 the PPO clipping begins to matter.")
     loss_type: str = option("grpo", "How token losses become one number, as in TRL.", LOSS_TYPES)
@@ -67,6 +67,7 @@ class Config(RewardConfig, SamplingConfig, PolicyConfig):
     eval_data: str | None = option(
         None, "Evaluated before and after; none by default, scenes:heldout when data is scenes."
     )
+    eval_split: str = option("test", "Split of eval_data, where it has several.")
     eval_limit: int | None = option(512, "Evaluate on the first so many examples of eval_data.")
     report_to: str = option("tensorboard", "Tracker of Accelerate.", ("tensorboard", "wandb", "none"))
 
@@ -101,10 +102,13 @@ def group_advantages(rewards: Tensor, scale: str = "group") -> Tensor:
     Raises:
         ValueError: G below 2, or another scale.
     """
+    rewards = rewards.float()
     if len(rewards) < 2:
         raise ValueError(f"a group of {len(rewards)} has nothing to compare: num_generations must be 2 or more")
     if scale not in ("group", "none"):
         raise ValueError(f'scale={scale!r}: valid are "group" and "none"')
+    if rewards.max() == rewards.min():
+        return torch.zeros(len(rewards))  # exactly: rounding in the mean, divided by 1e-4, would become a gradient
     centered = rewards - rewards.mean()  # (G,)
     return centered / (rewards.std() + 1e-4) if scale == "group" else centered
 
@@ -138,8 +142,10 @@ def grpo_loss(
         (scalar loss, {"kl", "clip_fraction"}), the statistics as means over tokens.
 
     Raises:
-        ValueError: another loss_type.
+        ValueError: another loss_type, or beta without ref_logps.
     """
+    if beta and ref_logps is None:
+        raise ValueError(f"beta={beta} needs ref_logps, the log-probs of the base model; or give beta=0")
     if loss_type not in LOSS_TYPES:
         raise ValueError(f"loss_type={loss_type!r}: valid are {', '.join(map(repr, LOSS_TYPES))}")
     lengths = torch.tensor([len(logp) for logp in logps], device=logps[0].device)  # (G,)
@@ -154,15 +160,17 @@ def grpo_loss(
         kl = difference.exp() - difference - 1
         token_loss = token_loss + beta * kl
     if loss_type == "grpo":
-        weight = (1 / (len(logps) * lengths.to(new))).repeat_interleave(lengths)  # (T,)
+        weight = (1 / (len(logps) * lengths.clamp(min=1).to(new))).repeat_interleave(lengths)  # (T,)
     elif loss_type == "bnpo":
-        weight = 1 / len(new)
+        weight = 1 / max(1, len(new))
     elif loss_type == "dr_grpo":
-        weight = 1 / (len(logps) * (max_new_tokens or int(lengths.max())))
+        weight = 1 / (len(logps) * (max_new_tokens or max(1, int(lengths.max()))))
     else:
-        weight = 1 / (num_items or len(new))
+        weight = 1 / (num_items or max(1, len(new)))
     is_clipped = (ratio * advantage > clipped * advantage).float()
-    return (token_loss * weight).sum(), {"kl": kl.detach().mean().item(), "clip_fraction": is_clipped.mean().item()}
+    count = max(1, len(new))
+    stats = {"kl": kl.detach().sum().item() / count, "clip_fraction": is_clipped.sum().item() / count}
+    return (token_loss * weight).sum(), stats
 
 
 # --- data, in an order that depends on the seed and the step alone ----------------------------------------------
@@ -240,7 +248,7 @@ def train_step(model, processor, optimizer, examples, step: int, config: Config,
             _average_gradients(parameters, accelerator)
             grad_norm = torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm).item()
             if not math.isfinite(grad_norm):
-                raise RuntimeError(
+                raise ConfigError(
                     f"step {step + 1}: the gradient's norm is {grad_norm}; lower learning_rate (now "
                     f"{config.learning_rate}) or give --dtype bfloat16; the last checkpoint is untouched"
                 )
@@ -276,27 +284,6 @@ def _average_gradients(parameters: Sequence[Tensor], accelerator) -> None:
         parameter.grad = part.view_as(parameter)
 
 
-def open_run(config: Config) -> Path | None:
-    """Create the run's folder, or find the checkpoint to resume from. Raises ConfigError when it holds another run."""
-    output_dir = Path(config.output_dir)
-    checkpoint = newest_checkpoint(output_dir)
-    if config.resume and checkpoint is None:
-        raise ConfigError(f"resume: {config.output_dir!r} holds no checkpoint; leave --resume out to start a run there")
-    if not config.resume and (output_dir / "metrics.jsonl").exists():
-        raise ConfigError(
-            f"output_dir={config.output_dir!r} holds a run already: go on with it by --resume, give another "
-            "--output_dir, or delete the folder"
-        )
-    return checkpoint
-
-
-def evaluate_shared(model, processor, examples, config: Config, accelerator, description: str) -> list[dict]:
-    """evaluate_policy with the examples shared out over the processes; rows in the order of the examples."""
-    share = range(accelerator.process_index, len(examples), accelerator.num_processes)
-    rows = evaluate_policy(model, processor, [examples[index] for index in share], config, description=description)
-    return [row for _, row in sorted(gather_object(list(zip(share, rows, strict=True))), key=lambda pair: pair[0])]
-
-
 def main(config: Config) -> None:
     checkpoint, output_dir = open_run(config), Path(config.output_dir)
     tracker = None if config.report_to == "none" else config.report_to
@@ -316,7 +303,7 @@ def main(config: Config) -> None:
     )
     eval_data = config.eval_data or ("scenes:heldout" if config.data == "scenes" else None)
     held_out = eval_data and load_examples(
-        eval_data, limit=config.eval_limit, bad_rows=config.bad_rows, require_boxes=False
+        eval_data, split=config.eval_split, limit=config.eval_limit, bad_rows=config.bad_rows, require_boxes=False
     )
     arguments = config.policy_arguments(config.lora_rank)
     if checkpoint:
@@ -362,10 +349,10 @@ def main(config: Config) -> None:
     if held_out and not checkpoint:
         before = evaluate_shared(model, processor, held_out, config, accelerator, f"before, {eval_data}")
         if main_process:
-            before_path.write_text(json.dumps(before))
+            before_path.write_text(json.dumps(without_nan(before)))
             print(format_table({"before": report(before)["base"]}))
     elif held_out and before_path.exists():
-        before = json.loads(before_path.read_text())
+        before = with_nan(json.loads(before_path.read_text()))
 
     progress = tqdm(range(start, config.max_steps), desc="train", unit="step", disable=not main_process)
     with (
@@ -397,7 +384,9 @@ def main(config: Config) -> None:
         if main_process:
             comparable = before is not None and [row["id"] for row in before] == [row["id"] for row in after]
             columns = report(before, after, ("before", "after")) if comparable else {"after": report(after)["base"]}
-            (output_dir / "evaluation.json").write_text(json.dumps({"summary": columns, "rows": {"after": after}}))
+            (output_dir / "evaluation.json").write_text(
+                json.dumps(without_nan({"summary": columns, "rows": {"after": after}}))
+            )
             print(f"{len(after)} examples of {eval_data}, greedy; mean [95 % bootstrap interval]")
             print(format_table(columns))
     if main_process:

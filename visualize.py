@@ -4,15 +4,15 @@ python visualize.py --metrics runs/sayo/metrics.jsonl --output curves.png
 python visualize.py --adapter runs/sayo/adapter --data scenes:heldout --index 0 1 2 --output look.png
 """
 
-import argparse
 import json
 from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 
 import matplotlib
 import torch
 
-from config import PolicyConfig
+from config import ConfigError, PolicyConfig, option, run_command
 from data.examples import load_examples
 from prompts import image_grids
 from reward import RewardConfig, score_group, select_uncertain
@@ -66,7 +66,7 @@ def look(model, processor, example: dict, config: RewardConfig, system_prompt: s
     """Where the uncertain tokens of the greedy completion look.
 
     Returns:
-        (heat over the first picture (rows, columns), text, TAS of those tokens).
+        (heat over the first picture as an array (rows, columns), text, TAS of those tokens).
     """
     group = sample_group(
         model, processor, example, num_generations=1, max_new_tokens=128, temperature=0, system_prompt=system_prompt
@@ -78,7 +78,7 @@ def look(model, processor, example: dict, config: RewardConfig, system_prompt: s
         model, group.prompt, group.completions[0], layers=config.attention_layers, query=config.attention_query
     )
     rows, columns = image_grids(processor, group.prompt)[0]
-    return maps[chosen].mean(0)[: rows * columns].view(rows, columns).cpu(), group.texts[0], tas
+    return maps[chosen].mean(0)[: rows * columns].view(rows, columns).cpu().numpy(), group.texts[0], tas
 
 
 def plot_attention(examples: list[dict], columns: dict[str, list], output: Path) -> None:
@@ -115,33 +115,39 @@ def plot_attention(examples: list[dict], columns: dict[str, list], output: Path)
     plt.close(figure)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Draw the curves of a run, or where a policy looks.")
-    parser.add_argument("--metrics", help="metrics.jsonl of a run: draw its curves")
-    parser.add_argument("--model", default="data/tiny_policy", help="policy (default: the embedded one)")
-    parser.add_argument("--adapter", help="LoRA adapter: draw the base and the adapter side by side")
-    parser.add_argument("--data", default="scenes:heldout", help="examples (default: scenes:heldout)")
-    parser.add_argument("--index", type=int, nargs="+", default=[0, 1, 2], help="which examples (default: 0 1 2)")
-    parser.add_argument("--output", default="picture.png", help="picture to write (default: picture.png)")
-    arguments = parser.parse_args()
-    if arguments.metrics:
-        plot_curves(Path(arguments.metrics), Path(arguments.output))
+@dataclass
+class VisualizeConfig(RewardConfig, PolicyConfig):
+    """Draw the curves of a run, or where a policy looks: the base, and beside it the adapter if one is given."""
+
+    data: str = option("scenes:heldout", "Examples: .jsonl, .parquet, a datasets folder, a Hub id, or scenes:heldout.")
+    metrics: str | None = option(None, "metrics.jsonl of a run: draw its curves instead.")
+    index: list[int] = option([0, 1, 2], "Which examples.")
+    output: str = option("picture.png", "Picture to write.")
+
+    def problems(self) -> list[str]:
+        found = super().problems()
+        if self.metrics and not Path(self.metrics).is_file():
+            found.append(f"metrics={self.metrics!r}: no such file; give the metrics.jsonl of a run")
+        return found
+
+
+def main(config: VisualizeConfig) -> None:
+    if config.metrics:
+        plot_curves(Path(config.metrics), Path(config.output))
     else:
-        settings = PolicyConfig(model=arguments.model, adapter=arguments.adapter)
-        data = load_examples(arguments.data, require_boxes=False)
-        # As a dict of the loader's form: `images` and boxes.
-        examples = [data[index] for index in arguments.index]
-        model, processor = load_policy(**settings.policy_arguments(lora_rank=0))
+        data = load_examples(config.data, split=config.split, bad_rows=config.bad_rows, require_boxes=False)
+        if not all(0 <= index < len(data) for index in config.index):
+            raise ConfigError(f"index={config.index}: {config.data} has the examples 0 to {len(data) - 1}")
+        examples = [data[index] for index in config.index]
+        model, processor = load_policy(**config.policy_arguments(lora_rank=0))
         columns = {}
-        for name in ("base", "adapter")[: 1 + bool(arguments.adapter)]:
-            switched_off = model.disable_adapter() if arguments.adapter and name == "base" else nullcontext()
+        for name in ("base", "adapter")[: 1 + bool(config.adapter)]:
+            switched_off = model.disable_adapter() if config.adapter and name == "base" else nullcontext()
             with switched_off, torch.no_grad():
-                columns[name] = [
-                    look(model, processor, example, RewardConfig(), settings.system_prompt) for example in examples
-                ]
-        plot_attention(examples, columns, Path(arguments.output))
-    print(f"-> {arguments.output}")
+                columns[name] = [look(model, processor, example, config, config.system_prompt) for example in examples]
+        plot_attention(examples, columns, Path(config.output))
+    print(f"-> {config.output}")
 
 
 if __name__ == "__main__":
-    main()
+    run_command(VisualizeConfig, main)

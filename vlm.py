@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, BitsAndBytesConfig
@@ -87,6 +88,8 @@ def load_policy(
     Raises:
         PolicyError (a ValueError): no such model, a family that is not supported, or an argument out of its range.
     """
+    if lora_rank < 0:
+        raise PolicyError(f"lora_rank={lora_rank}: give 1 or more, or 0 for the plain model")
     if attn not in ("sdpa", "eager"):
         raise PolicyError(f'attn={attn!r}: valid are "sdpa" and "eager"')
     if lora_targets not in ("language", "all-linear"):
@@ -116,21 +119,27 @@ def load_policy(
             bnb_4bit_compute_dtype=compute_dtype,
             llm_int8_skip_modules=[r"(?!.*language_model).*"],  # vision tower, projector and head keep their format
         )
-    policy = AutoModelForImageTextToText.from_pretrained(
-        model,
-        revision=revision,
-        dtype=dtype,
-        attn_implementation=attn,
-        quantization_config=quantization,
-        device_map={"": device},
-    )
+    try:
+        processor = AutoProcessor.from_pretrained(model, revision=revision)
+        policy = AutoModelForImageTextToText.from_pretrained(
+            model,
+            revision=revision,
+            dtype=dtype,
+            attn_implementation=attn,
+            quantization_config=quantization,
+            device_map={"": device},
+        )
+    except (OSError, ValueError, SafetensorError) as error:
+        raise PolicyError(
+            f"model={model!r} cannot be loaded: it must hold weights, a tokenizer and a processor. transformers says: "
+            f"{str(error)[:300]}"
+        ) from error
     for module in policy.modules():
         # In eval mode bitsandbytes packs the weights for newer CPUs, and from then on its backward is silently wrong.
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
     if attn == "sdpa":
         policy.set_attn_implementation({"text_config": PROBED_ATTENTION})
-    processor = AutoProcessor.from_pretrained(model, revision=revision)
     if max_pixels is not None:
         set_max_pixels(processor, max_pixels)
 
@@ -149,7 +158,14 @@ def _with_adapter(policy, adapter, lora_rank, lora_alpha, lora_targets, load_in_
         warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
         if adapter is not None:
             policy.requires_grad_(False)
-            return PeftModel.from_pretrained(policy, adapter, is_trainable=lora_rank > 0)
+            warnings.filterwarnings("error", message=".*missing adapter keys", category=UserWarning)
+            try:
+                return PeftModel.from_pretrained(policy, adapter, is_trainable=lora_rank > 0)
+            except (OSError, ValueError, RuntimeError, KeyError, UserWarning) as error:
+                raise PolicyError(
+                    f"adapter={adapter!r} cannot be put on this model: give the adapter/ folder of a run with the same "
+                    f"model. peft says: {str(error)[:300]}"
+                ) from error
         if lora_targets == "language":
             lora_targets = r".*language_model.*\.(" + "|".join(sorted(_language_linears(policy))) + ")"
         lora = LoraConfig(r=lora_rank, lora_alpha=lora_alpha, target_modules=lora_targets, task_type="CAUSAL_LM")

@@ -7,12 +7,14 @@ Three stages, each from the pictures of data/scenes.py alone:
 1. a byte-level BPE tokenizer on the questions and the reasoning of the train split, with Qwen's special tokens;
 2. the vision tower learns to say what each visual token holds. Without this stage, supervised text training alone
    learns nothing: too little of the loss depends on the picture;
-3. supervised fine-tuning of the language model on the completions, stopped while many answers are still wrong:
-   reinforcement learning needs answers that are sometimes right and sometimes wrong.
+3. supervised fine-tuning of the language model, ended while many answers are still wrong: reinforcement learning
+   needs answers that are sometimes right and sometimes wrong. First it learns from completions that all look before
+   they answer, then half of the completions are hasty ("Let me think about the question. I would say red."). So the
+   policy knows both ways and prefers haste, as real ones do, and an attention reward has something to change.
 
-The pictures have another scenes seed than the ones that train_rl.py trains on. It took 14 minutes on 2 cores, one of
-them drawing pictures for a third of the time. The same seed gives the same weights on one machine with
-OMP_NUM_THREADS=1; another processor or library version changes their last bits, and with them the step it stops at.
+The pictures have another scenes seed than the ones that train_rl.py trains on. It takes about 17 minutes on 2 cores.
+The same seed gives the same weights on one machine with OMP_NUM_THREADS=1; another processor or library version
+changes their last bits.
 """
 
 import argparse
@@ -171,10 +173,12 @@ class Batches(Dataset):
 
     A half batch holds the processor's tensors with `labels` (B, S), -100 but on the completion, and what each visual
     token holds, `classes` (N, 4) and `boxes` (N, 4). The first half has the system turn, the second has none.
+    In the first `looking` batches no completion is a hasty one.
     """
 
-    def __init__(self, processor: Qwen3VLProcessor, first: int, count: int, batch_size: int = 64):
+    def __init__(self, processor: Qwen3VLProcessor, first: int, count: int, batch_size: int = 64, looking: int = 0):
         self.processor, self.first, self.count, self.batch_size = processor, first, count, batch_size
+        self.looking = looking
         self.scenes = Scenes("train", (first + count) * batch_size, seed=BUILD_SEED)
 
     def __len__(self) -> int:
@@ -183,10 +187,11 @@ class Batches(Dataset):
     def __getitem__(self, number: int) -> list[dict[str, Tensor]]:
         start, half = (self.first + number) * self.batch_size, self.batch_size // 2
         examples = self.scenes[start : start + self.batch_size]
-        return [self._collate(examples[:half], True), self._collate(examples[half:], False)]
+        style = "looking" if number < self.looking else "reasoning"
+        return [self._collate(examples[:half], True, style), self._collate(examples[half:], False, style)]
 
-    def _collate(self, examples: list[dict], with_system: bool) -> dict[str, Tensor]:
-        completions = [f"{example['reasoning']}<|im_end|>" for example in examples]
+    def _collate(self, examples: list[dict], with_system: bool, style: str) -> dict[str, Tensor]:
+        completions = [f"{example[style]}<|im_end|>" for example in examples]
         prompts = [prompt_text(self.processor, example, SYSTEM_PROMPT if with_system else None) for example in examples]
         texts = [prompt + completion for prompt, completion in zip(prompts, completions, strict=True)]
         images = [example["image"] for example in examples]
@@ -338,8 +343,8 @@ def build(out: Path, arguments: argparse.Namespace) -> None:
     count = sum(parameter.numel() for parameter in model.parameters())
     print(f"{count / 1e6:.2f} M parameters, {len(processor.tokenizer)} tokens", flush=True)
 
-    def loader(first: int, steps: int) -> DataLoader:
-        batches = Batches(processor, first, steps, arguments.batch_size)
+    def loader(first: int, steps: int, looking: int = 0) -> DataLoader:
+        batches = Batches(processor, first, steps, arguments.batch_size, looking)
         return DataLoader(batches, batch_size=None, num_workers=1, prefetch_factor=4)  # drawn ahead, in order
 
     right = train_vision(model, loader(0, arguments.vision_steps))
@@ -355,9 +360,9 @@ def build(out: Path, arguments: argparse.Namespace) -> None:
         print(f"step {step} loss {loss:.4f} {line} {time.time() - started:.0f} s", flush=True)
         if arguments.checkpoints:
             save_policy(model, processor, arguments.checkpoints / f"step-{step}")
-        return figures["heldout"]["accuracy"] >= arguments.target
+        return step > arguments.looking_steps and figures["heldout"]["accuracy"] >= arguments.target
 
-    batches = loader(arguments.vision_steps, arguments.steps)
+    batches = loader(arguments.vision_steps, arguments.steps, arguments.looking_steps)
     finetune(model, batches, arguments.muon_rate, arguments.adam_rate, after_step)
     save_policy(model, processor, out)
     print(f"{out} after {time.time() - started:.0f} s", flush=True)
@@ -376,7 +381,8 @@ def main() -> None:
     add("--seed", type=int, default=0, help="seed of the weights")
     add("--vision_steps", type=int, default=500, help="steps of the vision stage")
     add("--steps", type=int, default=800, help="most steps of fine-tuning")
-    add("--target", type=float, default=0.58, help="held-out accuracy to stop at")
+    add("--looking_steps", type=int, default=500, help="steps of it without hasty completions")
+    add("--target", type=float, default=1.0, help="held-out accuracy to stop at, once there are hasty completions")
     add("--evaluate_every", type=int, default=50, help="steps between two looks at the accuracy")
     add("--look_at", type=int, default=256, help="examples of each split in a look; twice as many in the end")
     add("--batch_size", type=int, default=64, help="pictures per step")

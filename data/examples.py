@@ -33,6 +33,7 @@ VALID_DATA = (
 )
 HUB_ID = r"[\w-][\w.-]*(/[\w.-]+)?"  # "name" or "owner/name"
 MAX_LISTED = 20  # bad rows named in one error message
+LONGEST_TO_SHORTEST = 200  # sides of a picture; Qwen's processors refuse more
 EDGE_TOLERANCE = 1  # pixels that a box may stick out of its picture through rounding; it is clipped
 
 
@@ -246,7 +247,12 @@ def _measure(image, sizes: dict) -> tuple[int, int]:
     """(width, height) of a picture in pixels; `sizes` remembers it, so that a picture is decoded once."""
     key = hashlib.sha256(image).digest() if isinstance(image, bytes) else str(image)
     if key not in sizes:
-        sizes[key] = load_picture(image).size
+        width, height = load_picture(image).size
+        if max(width, height) > LONGEST_TO_SHORTEST * min(width, height):
+            raise DataError(
+                f"picture of {width} x {height} pixels is longer than {LONGEST_TO_SHORTEST} times its width; crop it"
+            )
+        sizes[key] = width, height
     return sizes[key]
 
 

@@ -52,12 +52,17 @@ class Thing:
 
 @dataclass(frozen=True)
 class Question:
-    """A question about one picture, its answer, the things it is about, and the reasoning that finds them."""
+    """A question about one picture, its answer, the things it is about, and two completions that answer it.
+
+    `reasoning` is one of three wordings, half of the time a hasty one that names nothing of the picture; `looking` is
+    the same, or a wording that does look where `reasoning` does not.
+    """
 
     text: str
     answer: str
     targets: list[Thing]
     reasoning: str
+    looking: str
 
 
 # Each function asks one question about the things of a picture, or returns None when the picture does not suit it.
@@ -84,13 +89,15 @@ def _two_unique(rng: random.Random, things: list[Thing]) -> list[Thing]:
 
 
 def _finish(rng: random.Random, text: str, answer: str, targets: list[Thing], usual: str, other: str) -> Question:
-    """Half of the reasonings answer in haste, the others look first, in two wordings.
+    """Half of the completions answer in haste, the others look first, in two wordings.
 
-    Real policies do both, and that is what an attention reward has to work on: which of its own ways to prefer.
+    Real policies do both; which of its own ways a policy prefers is what an attention reward can change.
     """
     hasty = f"Let me think about the question. I would say {answer}."
     reasoning = rng.choices((hasty, usual, other), (0.5, 0.3, 0.2))[0]
-    return Question(text, answer, targets, f"{reasoning} <answer>{answer}</answer>")
+    looking = usual if reasoning == hasty else reasoning
+    tagged = f" <answer>{answer}</answer>"
+    return Question(text, answer, targets, reasoning + tagged, looking + tagged)
 
 
 def _ask_color(rng: random.Random, things: list[Thing], width: int, height: int) -> Question | None:

@@ -180,8 +180,9 @@ class Scenes(Sequence):
     """A lazy sequence of examples; an item is drawn when it is asked for and depends on (seed, split, index) only.
 
     An example is a dict: `id`; `image` (PIL RGB); `question`; `answer`; `boxes` (list of [x1, y1, x2, y2] in pixels,
-    x2 and y2 exclusive, at least one); `kind` of question; `reasoning` (a full completion, answer tags included, for
-    supervised training); `objects` (everything in the picture, as dicts with the fields of `Thing`).
+    x2 and y2 exclusive, at least one); `kind` of question; `reasoning` and `looking` (full
+    completions, answer tags included, for supervised training: half of the former are hasty guesses, the latter all
+    look first); `objects` (everything in the picture, as dicts with the fields of `Thing`).
 
     Raises ValueError for an unknown split or a negative size, IndexError for an index outside the sequence.
     """
@@ -215,6 +216,7 @@ class Scenes(Sequence):
             "boxes": [list(thing.box) for thing in question.targets],
             "kind": kind,
             "reasoning": question.reasoning,
+            "looking": question.looking,
             "objects": [asdict(thing) for thing in things],
         }
 

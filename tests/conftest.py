@@ -22,7 +22,7 @@ from prompts import encode_prompt
 from vlm import load_policy
 
 
-def randomize_adapter(model, seed: int = 0, scale: float = 0.05):
+def randomize_adapter(model, seed: int = 0, scale: float = 0.02):
     """LoRA starts as the identity; give it weights, so that base and adapter differ."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():

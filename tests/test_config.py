@@ -49,6 +49,7 @@ def test_what_a_run_saves_is_a_config_again(tmp_path):
         (["--format_min_tokens", "9", "--format_max_tokens", "6"], ["format_min_tokens=9", "format_max_tokens=6"]),
         (["--attention_weight", "0", "--format_weight", "0", "--accuracy_weight", "0"], ["nothing would be rewarded"]),
         (["--config", "nowhere.yaml"], ["nowhere.yaml", "cannot be read"]),
+        (["--learning_rate", "nan", "--seed", "-1"], ["learning_rate=nan", "seed=-1"]),
         (["runs/here"], ["'runs/here'", "--name value"]),
         (["--lora_rank", "0", "--report_to", "mlflow"], ["lora_rank=0", "report_to='mlflow'", "wandb"]),
     ],
@@ -114,3 +115,13 @@ def test_help_teaches():
     assert result.returncode == 0
     for words in ("--top_fraction", "most uncertain", "default: 0.3", "--config", "{grpo,bnpo,dr_grpo,dapo}"):
         assert words in " ".join(result.stdout.split())
+
+
+def test_null_in_yaml_is_none_and_only_where_none_is_valid(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text("eval_limit: null\nlimit:\n")
+    assert read_config(Config, ["--config", str(path)]).eval_limit is None
+    assert read_config(Config, ["--config", str(path), "--eval_limit", "3"]).eval_limit == 3
+    path.write_text("learning_rate: null\n")
+    with pytest.raises(ConfigError, match="learning_rate is null"):
+        read_config(Config, ["--config", str(path)])

@@ -80,3 +80,13 @@ def test_the_table_has_a_line_for_every_metric():
     lines = format_table(report(rows, rows)).splitlines()
     assert len(lines) == 1 + len(evaluate.METRICS) and "difference" in lines[0]
     assert torch.tensor([len(line) for line in lines]).unique().numel() == 1
+
+
+def test_a_place_for_the_json_is_checked_first_and_json_has_no_nan(tmp_path):
+    assert "json=" in EvaluateConfig(json=str(tmp_path / "gone" / "x.json")).problems()[0]
+    assert "json=" in EvaluateConfig(json=str(tmp_path)).problems()[0]
+    rows = [{"id": "a", "tas": math.nan, "length": 3, "kind": None}]
+    text = json.dumps(evaluate.without_nan(rows))
+    assert "NaN" not in text
+    (again,) = evaluate.with_nan(json.loads(text))
+    assert math.isnan(again["tas"]) and again["length"] == 3 and again["kind"] is None

@@ -625,3 +625,12 @@ def test_picture_that_cannot_be_loaded(image, words):
     with pytest.raises(DataError) as raised:
         load_picture(image)
     assert [word for word in words if word not in str(raised.value)] == []
+
+
+def test_a_picture_that_no_processor_takes_is_named(tmp_path):
+    """Qwen's processors refuse sides of more than 200 to 1, and said so in the middle of a run."""
+    Image.new("RGB", (1000, 3)).save(tmp_path / "long.png")
+    row = {"image": "long.png", "question": "Where?", "answer": "there", "boxes": [[0, 0, 5, 2]]}
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row))
+    with pytest.raises(DataError, match="1000 x 3 pixels.*200"):
+        load_examples(str(tmp_path / "rows.jsonl"))

@@ -109,3 +109,22 @@ def test_fewer_pixels_make_fewer_tokens_and_the_region_follows(model_folders):
     small = region_coverage(processor, [picture], boxes)
     assert len(full) == 100 and len(small) == 25 == max_image_tokens(processor)
     assert small.view(5, 5).mean(0).tolist() == pytest.approx([1, 1, 0.5, 0, 0], abs=0.06)
+
+
+def test_a_box_that_vanishes_when_a_huge_picture_is_shrunk_keeps_its_place(model_folders):
+    _, processor = load_policy(model_folders["qwen3_vl"], lora_rank=0)
+    set_max_pixels(processor, 128 * 128)
+    coverage = region_coverage(processor, [blank(2000, 2000)], [[1500, 300, 1501, 301]]).view(4, 4)
+    assert 0 < coverage.sum() <= 1 and coverage[:2, 2:].sum() == coverage.sum()
+
+
+@pytest.mark.parametrize("box", [[500, 500, 600, 600], [50, 10, 20, 40], [10, 10, 10, 20], [-20, 0, -5, 30]])
+def test_a_box_that_is_none_is_named(policy, box):
+    with pytest.raises(ValueError, match=r"box \[.*100 x 80"):
+        region_coverage(policy[1], [blank(100, 80)], [box])
+
+
+def test_a_placeholder_in_the_choices_is_named(policy):
+    example = {"image": blank(64, 64), "question": "What?", "choices": ["a", "<|video_pad|>"], "id": "row-8"}
+    with pytest.raises(ValueError, match=r"row-8.*<\|video_pad\|>.*choices"):
+        encode_prompt(policy[1], example)

@@ -161,6 +161,8 @@ def test_extract_answer(text, expected):
         ("B. cat", {"answer": "dog", "choices": ["cat", "dog"]}, False, "letter and text that disagree"),
         ("A or B", {"answer": "dog", "choices": ["cat", "dog"]}, False, "hedging"),
         ("C", {"answer": "dog", "choices": ["cat", "dog"]}, False, "no such choice"),
+        ("3.0", {"answer": "3", "choices": ["3", "4"]}, True, "a choice written as another number"),
+        ("1,000", {"answer": 1000, "choices": [1000, 4]}, True, "choices that are numbers"),
         ("A", {"answer": "B", "choices": ["B", "A"]}, False, "text A is choice B's text, which is not the answer"),
     ],
 )

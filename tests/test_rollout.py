@@ -186,3 +186,20 @@ def test_scripts_import_silently():
     code = "import sys\n" + "\n".join(f"import {name}" for name in names.split())
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
     assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
+
+
+@pytest.mark.parametrize("folder", ["data", "scenes_mine"])
+def test_placeholders_are_found_before_work_starts(policy, examples, tmp_path, folder):
+    """Data in a folder called scenes_... was taken for the embedded scenes and not checked."""
+    (tmp_path / folder).mkdir()
+    examples[0]["image"].save(tmp_path / folder / "picture.png")
+    rows = [{"image": "picture.png", "question": question, "answer": "x"} for question in ("Where?", "<|image_pad|>?")]
+    (tmp_path / folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = load_examples(str(tmp_path / folder / "rows.jsonl"), require_boxes=False)
+    data.name = f"{folder}/rows.jsonl"
+    with pytest.raises(DataError, match=r"rows\.jsonl:2.*<\|image_pad\|>"):
+        check_prompts(*policy, data, None, 16)
+    with pytest.raises(DataError, match="system_prompt"):
+        check_prompts(*policy, data, "Look at <|image_pad|>.", 16)
+    with pytest.raises(DataError, match="max_new_tokens=100000"):
+        check_prompts(*policy, load_examples("scenes"), None, 100_000)

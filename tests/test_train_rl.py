@@ -324,7 +324,7 @@ def test_two_processes_share_a_step_and_get_the_numbers_of_one(tmp_path):
 def test_nothing_is_overwritten_and_nothing_is_resumed_from_nothing(finished_run, tmp_path):
     with pytest.raises(ConfigError, match="holds a run already.*--resume"):
         run(finished_run[0])
-    with pytest.raises(ConfigError, match="holds no checkpoint"):
+    with pytest.raises(ConfigError, match="holds no run"):
         run(tmp_path / "empty", resume=True)
 
 
@@ -335,3 +335,53 @@ def test_bad_data_stops_the_run_before_it_starts(tmp_path):
     with pytest.raises(DataError, match=r"gone\.png"):
         run(tmp_path / "run", data=str(tmp_path / "rows.jsonl"))
     assert not (tmp_path / "run").exists()
+
+
+def test_a_run_that_stopped_before_its_first_checkpoint_starts_again(finished_run, tmp_path, monkeypatch):
+    """It could be neither resumed ("no checkpoint") nor started again ("holds a run already")."""
+    stopped = tmp_path / "stopped"
+    step = train_rl.train_step
+
+    def stop_in_step_two(*arguments):
+        if arguments[4] == 1:
+            raise KeyboardInterrupt
+        return step(*arguments)
+
+    monkeypatch.setattr(train_rl, "train_step", stop_in_step_two)
+    with pytest.raises(KeyboardInterrupt):
+        run(stopped)
+    monkeypatch.undo()
+    assert newest_checkpoint(stopped) is None
+    assert run(stopped, resume=True) == finished_run[1]
+
+
+def test_a_resumed_run_keeps_its_settings(finished_run):
+    """config.yaml said what the resumed run did not use: the optimizer's state and the adapter win."""
+    with pytest.raises(ConfigError, match=r"learning_rate was 0\.001, is 0\.1; lora_rank was 2, is 4"):
+        run(finished_run[0], resume=True, lora_rank=4, learning_rate=0.1)
+    with pytest.raises(ConfigError, match="max_steps=1.*further already"):
+        run(finished_run[0], resume=True, max_steps=1)
+
+
+@pytest.mark.parametrize("place", ["file", "file/below"])
+def test_an_output_dir_that_cannot_be_is_named_first(tmp_path, place):
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(ConfigError, match="is no folder that can be written to"):
+        run(tmp_path / place)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.floats(-3, 3, width=32), st.integers(2, 16))
+def test_equal_rewards_give_exactly_zero_advantages(reward, num_generations):
+    """Rounding in the mean, divided by 1e-4, was up to 5e-3: noise that became gradient."""
+    assert group_advantages(torch.full((num_generations,), reward)).tolist() == [0.0] * num_generations
+
+
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+def test_empty_completions_have_no_loss_and_a_missing_reference_is_named(loss_type):
+    options = {"clip_low": 0.2, "clip_high": 0.2, "loss_type": loss_type}
+    empty = [torch.zeros(0), torch.zeros(0)]
+    loss, stats = grpo_loss(empty, empty, None, torch.tensor([1.0, -1.0]), beta=0, **options)
+    assert loss == 0 and stats == {"kl": 0.0, "clip_fraction": 0.0}
+    with pytest.raises(ValueError, match="beta=0.1 needs ref_logps"):
+        grpo_loss(empty, empty, None, torch.tensor([1.0, -1.0]), beta=0.1, **options)

@@ -362,3 +362,35 @@ def test_scenes_prompts_fit_the_embedded_policy(policy):
     model, processor = policy
     lengths = [len(encode_prompt(processor, example).input_ids) for example in Scenes("train", 8)]
     assert max(lengths) < base_model(model).config.get_text_config().max_position_embeddings / 2
+
+
+def test_kept_picture_features_belong_to_the_model_that_made_them(policies, model_folders, examples):
+    """A prompt that had been through one model gave its features to the next one."""
+    _, processor = policies["qwen3_vl"]
+    other, _ = load_policy(model_folders["qwen3_vl"], lora_rank=2)
+    with torch.no_grad():
+        for parameter in base_model(other).model.visual.parameters():
+            parameter.mul_(1.5)
+    prompt, completions = encode_prompt(processor, examples[0]), ragged_completions(processor)
+    with torch.no_grad():
+        group_logprobs(policies["qwen3_vl"][0], prompt, completions)
+        shared = torch.cat(group_logprobs(other, prompt, completions))
+        fresh = torch.cat(group_logprobs(other, encode_prompt(processor, examples[0]), completions))
+    assert torch.equal(shared, fresh)
+
+
+def test_an_adapter_of_another_model_is_refused(policy, tmp_path, model_folders):
+    """peft only warns when no key fits, and training would go on from an adapter that does nothing."""
+    from safetensors.torch import load_file, save_file
+
+    policy[0].save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
+    path = tmp_path / "adapter" / "adapter_model.safetensors"
+    weights = load_file(path)
+    save_file({name.replace("layers", "blocks"): weight for name, weight in weights.items()}, path)
+    with pytest.raises(ValueError, match="cannot be put on this model"):
+        load_policy(model_folders["qwen3_vl"], adapter=str(tmp_path / "adapter"))
+    save_file({name: torch.cat([weight, weight]) for name, weight in weights.items()}, path)
+    with pytest.raises(ValueError, match="cannot be put on this model"):
+        load_policy(model_folders["qwen3_vl"], adapter=str(tmp_path / "adapter"))
+    with pytest.raises(ValueError, match="gone"):
+        load_policy(model_folders["qwen3_vl"], adapter=str(tmp_path / "gone"))
