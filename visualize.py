@@ -8,6 +8,7 @@ import json
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from textwrap import fill
 
 import matplotlib
 import torch
@@ -103,14 +104,14 @@ def plot_attention(examples: list[dict], columns: dict[str, list], output: Path)
             axis.imshow(picture)
             for x1, y1, x2, y2 in boxes:
                 axis.add_patch(Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, edgecolor="black", linewidth=1.5))
-        row[0].set_title(f"{example['question']}\n{example['answer']}", fontsize=8, wrap=True)
+        row[0].set_title(f"{fill(example['question'], 44)}\n{example['answer']}", fontsize=8)
     for place, (name, looks) in enumerate(columns.items(), 1):
         for axis, example, (heat, text, tas) in zip(axes[:, place], examples, looks, strict=True):
             width, height = example["images"][0].size
             # Where the policy does not look, the picture stays as it is.
             options = {"alpha": 0.85 * heat / heat.max(), "interpolation": "nearest", "vmin": 0}
             axis.imshow(heat, extent=(0, width, height, 0), cmap="autumn_r", **options)
-            axis.set_title(f"{name}, TAS {tas:.2f}\n{text}", fontsize=8, wrap=True)
+            axis.set_title(f"{name}, TAS {tas:.2f}\n{fill(text, 44)}", fontsize=8)
     figure.savefig(output, dpi=110)
     plt.close(figure)
 
