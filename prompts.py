@@ -175,8 +175,8 @@ def region_coverage(processor, images: Sequence[Image.Image], boxes: Sequence) -
     own image processor: whatever it does to a photograph (resize, tile, pad, thumbnail), it does to the mask.
 
     Args:
-        images: the pictures of one prompt.
-        boxes: for one picture a list of [x1, y1, x2, y2] in its pixels; for several, a list of such lists.
+        images: the pictures of one prompt, or their paths.
+        boxes: for one picture a list of [x1, y1, x2, y2] in its pixels (or a tensor); for several, a list of lists.
 
     Returns:
         (N,) float tensor in [0, 1], in the order of the prompt's image tokens. A box smaller than a cell keeps its
@@ -187,6 +187,8 @@ def region_coverage(processor, images: Sequence[Image.Image], boxes: Sequence) -
         ValueError: the number of box lists is not the number of pictures, or a box has no area or lies outside.
     """
     family = _processor_family(processor)
+    images = [image if isinstance(image, Image.Image) else load_picture(image) for image in images]
+    boxes = boxes.tolist() if hasattr(boxes, "tolist") else boxes
     if not boxes:
         boxes = [[] for _ in images]
     elif any(entry and not isinstance(entry[0], Iterable) for entry in boxes):

@@ -128,3 +128,10 @@ def test_a_placeholder_in_the_choices_is_named(policy):
     example = {"image": blank(64, 64), "question": "What?", "choices": ["a", "<|video_pad|>"], "id": "row-8"}
     with pytest.raises(ValueError, match=r"row-8.*<\|video_pad\|>.*choices"):
         encode_prompt(policy[1], example)
+
+
+def test_regions_of_paths_and_of_tensors_are_the_same(policy, tmp_path):
+    blank(96, 64).save(tmp_path / "picture.png")
+    expected = region_coverage(policy[1], [blank(96, 64)], [[0, 0, 40, 30]])
+    assert torch.equal(region_coverage(policy[1], [str(tmp_path / "picture.png")], [[0, 0, 40, 30]]), expected)
+    assert torch.equal(region_coverage(policy[1], [blank(96, 64)], torch.tensor([[0, 0, 40, 30]])), expected)
