@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from pathlib import Path
+from typing import get_args, get_type_hints
 
 import yaml
 from transformers import HfArgumentParser
@@ -63,8 +64,6 @@ class PolicyConfig:
             value, valid = getattr(self, entry.name), entry.metadata.get("metavar")
             if valid and value not in valid.strip("{}").split(","):
                 found.append(f"{entry.name}={value!r}: valid are {valid}")
-            if value is None and entry.default is not None and entry.type not in (int | None, str | None):
-                found.append(f"{entry.name} is null: give a value")
             if isinstance(value, float) and not math.isfinite(value):
                 found.append(f"{entry.name}={value}: give a finite number")
         if not 0 <= self.seed < 2**32:
@@ -123,7 +122,9 @@ def read_config(config_class: type, arguments: list[str]):
     pairs, rest = parser.parse_known_args(arguments)
     if pairs.config is not None:
         from_file, nulls = _yaml_arguments(Path(pairs.config), valid, found)
-        parser.set_defaults(**dict.fromkeys(nulls))
+        may_be_none = {name for name, kind in get_type_hints(config_class).items() if type(None) in get_args(kind)}
+        found += [f"{name} is null: give a value" for name in nulls if name not in may_be_none]
+        parser.set_defaults(**dict.fromkeys(may_be_none.intersection(nulls)))
         # In front of the flags, so that a flag comes last and wins.
         pairs, rest = parser.parse_known_args(from_file + arguments)
     del pairs.config

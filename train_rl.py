@@ -11,6 +11,7 @@ several groups, and every setting is a field of Config. README.md says how the d
 import json
 import math
 import random
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
@@ -354,7 +355,13 @@ def main(config: Config) -> None:
     elif held_out and before_path.exists():
         before = with_nan(json.loads(before_path.read_text()))
 
-    progress = tqdm(range(start, config.max_steps), desc="train", unit="step", disable=not main_process)
+    progress = tqdm(
+        range(start, config.max_steps),
+        desc="train",
+        unit="step",
+        mininterval=0.1 if sys.stderr.isatty() else 15,
+        disable=not main_process,
+    )
     with (
         open(output_dir / "metrics.jsonl", "a") as metrics_file,
         open(output_dir / "samples.jsonl", "a") as samples_file,
@@ -372,7 +379,9 @@ def main(config: Config) -> None:
                 shown = {name: metrics[f"reward/{name}"] for name in ("total", "accuracy", "tas")} | {
                     "kl": metrics["kl"]
                 }
-                progress.set_postfix({name: f"{value:.3f}" for name, value in shown.items() if value is not None})
+                progress.set_postfix(
+                    {name: f"{value:.3f}" for name, value in shown.items() if value is not None}, refresh=False
+                )
                 if (step + 1) % config.save_steps == 0 or step + 1 == config.max_steps:
                     save_checkpoint(output_dir, step + 1, model, optimizer, scheduler)
 

@@ -162,9 +162,19 @@ def test_labels_are_the_completion_and_nothing_else(policy):
 def test_smoke_build(tmp_path):
     """Every stage in a few steps; fine-tuning changes every weight of the language model, none of the vision tower."""
     arguments = Namespace(
-        seed=0, vision_steps=2, steps=3, target=0.9, evaluate_every=3, look_at=16, batch_size=8, muon_rate=4e-3,
-        adam_rate=2e-3, tokenizer_examples=200, checkpoints=tmp_path / "looks",
-    )  # fmt: skip
+        seed=0,
+        vision_steps=2,
+        steps=3,
+        looking_steps=1,
+        target=0.9,
+        evaluate_every=3,
+        look_at=16,
+        batch_size=8,
+        muon_rate=4e-3,
+        adam_rate=2e-3,
+        tokenizer_examples=200,
+        checkpoints=tmp_path / "looks",
+    )
     build_tiny_policy.build(tmp_path / "policy", arguments)
     before, after = (
         dict(AutoModelForImageTextToText.from_pretrained(folder).named_parameters())
