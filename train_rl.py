@@ -103,13 +103,13 @@ def group_advantages(rewards: Tensor, scale: str = "group") -> Tensor:
     Raises:
         ValueError: G below 2, or another scale.
     """
-    rewards = rewards.float()
+    rewards = rewards if rewards.is_floating_point() else rewards.float()
     if len(rewards) < 2:
         raise ValueError(f"a group of {len(rewards)} has nothing to compare: num_generations must be 2 or more")
     if scale not in ("group", "none"):
         raise ValueError(f'scale={scale!r}: valid are "group" and "none"')
     if rewards.max() == rewards.min():
-        return torch.zeros(len(rewards))  # exactly: rounding in the mean, divided by 1e-4, would become a gradient
+        return torch.zeros_like(rewards)  # exactly: rounding in the mean, divided by 1e-4, would become a gradient
     centered = rewards - rewards.mean()  # (G,)
     return centered / (rewards.std() + 1e-4) if scale == "group" else centered
 
