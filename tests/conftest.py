@@ -1,13 +1,17 @@
 """Tiny models of the real classes with the real processors, made or loaded once for all tests."""
 
+import json
 import os
+from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+import datasets
 import pytest
 import torch
 from hypothesis import settings
+from PIL import Image
 from transformers import (
     AutoProcessor,
     Qwen2_5_VLConfig,
@@ -132,3 +136,45 @@ def group_of(policies, examples):
         return model, processor, prompt, ragged_completions(processor, lengths)
 
     return make
+
+
+# --- rows of example files ---------------------------------------------------------------------------------------
+
+WIDTH, HEIGHT = 40, 30
+GOOD = {"image": "a.png", "question": "What color?", "answer": "red", "boxes": [[1, 2, 30, 20]]}
+BOX_LISTS = [[[1, 2, 3, 4]], [[5, 6, 7, 8]]]
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    """`datasets` keeps its copies of Parquet files in the test's own folder."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    """A folder with a red a.png, a blue b.png, a truncated cut.jpg and a text called fake.png."""
+    folder = tmp_path / "data"
+    folder.mkdir()
+    Image.new("RGB", (WIDTH, HEIGHT), "red").save(folder / "a.png")
+    Image.new("RGB", (20, 50), "blue").save(folder / "b.png")
+    Image.effect_noise((WIDTH, HEIGHT), 50).save(folder / "whole.jpg")
+    (folder / "cut.jpg").write_bytes((folder / "whole.jpg").read_bytes()[:-200])
+    (folder / "fake.png").write_text("not a picture")
+    return folder
+
+
+def write_jsonl(folder: Path, *rows, name: str = "train.jsonl") -> str:
+    """A .jsonl file of the rows (dicts, or str and bytes for a line as it is)."""
+    lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
+    (folder / name).write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return str(folder / name)
+
+
+def without(key: str) -> dict:
+    return {other: value for other, value in GOOD.items() if other != key}
+
+
+def two(boxes, **more) -> dict:
+    """A row with two images, a.png and b.png."""
+    return without("image") | {"images": ["a.png", "b.png"], "boxes": boxes} | more
