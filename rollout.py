@@ -145,7 +145,8 @@ def check_prompt_length(model, num_tokens: int, max_new_tokens: int, example: di
     if num_tokens + max_new_tokens > max_positions(model):
         raise DataError(
             f"example {example.get('id')!r}: prompt of {num_tokens} tokens + max_new_tokens={max_new_tokens} "
-            f"are more than the model's {max_positions(model)} positions: lower --max_pixels or --max_new_tokens"
+            f"are more than the model's {max_positions(model)} positions: lower "
+            "--max_pixels or --max_new_tokens, or shorten the question"
         )
 
 
@@ -166,7 +167,9 @@ def check_prompts(model, processor, examples, system_prompt: str | None, max_new
     for index in range(num_checked):
         row = examples.peek(index)
         text = prompt_text(processor, row, system_prompt)
-        longest = len(processor.tokenizer(text).input_ids) + len(row["images"]) * max_image_tokens(processor)
+        longest = len(processor.tokenizer(text, verbose=False).input_ids) + len(row["images"]) * max_image_tokens(
+            processor
+        )
         if longest + max_new_tokens <= max_positions(model) and not placeholders_in(processor, row):
             continue
         try:
