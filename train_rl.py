@@ -15,6 +15,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -84,6 +85,8 @@ class Config(RewardConfig, SamplingConfig, PolicyConfig):
         for name in ("learning_rate", "max_grad_norm"):
             if getattr(self, name) <= 0:
                 found.append(f"{name}={getattr(self, name)}: give more than 0")
+        if self.report_to != "none" and find_spec(self.report_to) is None:
+            found.append(f"report_to={self.report_to!r} is not installed: pip install {self.report_to}, or give none")
         if not any(getattr(self, f"{name}_weight") for name in COMPONENTS):
             found.append("attention_weight, format_weight and accuracy_weight are all 0: nothing would be rewarded")
         return found

@@ -125,3 +125,9 @@ def test_null_in_yaml_is_none_and_only_where_none_is_valid(tmp_path):
     path.write_text("learning_rate: null\n")
     with pytest.raises(ConfigError, match="learning_rate is null"):
         read_config(Config, ["--config", str(path)])
+
+
+def test_a_tracker_that_is_not_installed_is_named_first(monkeypatch):
+    monkeypatch.setattr("train_rl.find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match="report_to='wandb' is not installed: pip install wandb"):
+        read_config(Config, ["--report_to", "wandb"])
