@@ -12,7 +12,10 @@ import yaml
 from transformers import HfArgumentParser
 
 from data.examples import DataError
-from prompts import SYSTEM_PROMPT, PolicyError
+from data.regions import BOX_FORMATS
+from data.rows import parse_fields
+from families import PolicyError
+from prompts import SYSTEM_PROMPT
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 EMBEDDED_POLICY = str(Path(__file__).parent / "data" / "tiny_policy")
@@ -44,10 +47,12 @@ class PolicyConfig:
     dtype: str = option("auto", "Number format of the weights; auto takes the checkpoint's own.", DTYPES)
     max_pixels: int | None = option(None, "Shrink pictures to at most this many pixels (area) before they are tokens.")
     system_prompt: str = option(SYSTEM_PROMPT, "Text of the system turn; an empty one leaves the turn out.")
-    data: str = option("scenes", "Examples: .jsonl, .parquet, a datasets folder, a Hub id, scenes or scenes:heldout.")
+    data: str = option("scenes", "Examples: .jsonl, .json, .parquet, datasets folder, Hub id, scenes, scenes:heldout.")
     split: str = option("train", "Split of a datasets folder or a Hub dataset.")
     limit: int | None = option(None, "Use only the first so many examples.")
     bad_rows: str = option("error", "What to do about examples that cannot be used.", ("error", "skip"))
+    box_format: str = option("xyxy", "How boxes are written; polygons are in the same unit.", BOX_FORMATS)
+    fields: list[str] | None = option(None, "Columns of other names, as name=column: question=query answer=label.text.")
     sampling_tokens: int = option(2048, "Sample as many groups side by side as have this many tokens at full length.")
     seed: int = option(0, "Seed of everything random.")
 
@@ -56,6 +61,10 @@ class PolicyConfig:
         model = EMBEDDED_POLICY if Path(self.model) == Path("data/tiny_policy") else self.model
         names = ("revision", "adapter", "load_in_4bit", "dtype", "max_pixels")
         return {"model": model, "lora_rank": lora_rank} | {name: getattr(self, name) for name in names}
+
+    def data_arguments(self) -> dict:
+        """Keyword arguments for data.examples.load_examples."""
+        return {name: getattr(self, name) for name in ("split", "limit", "bad_rows", "box_format", "fields")}
 
     def problems(self) -> list[str]:
         """What is wrong, one sentence each. Subclasses add theirs."""
@@ -69,6 +78,7 @@ class PolicyConfig:
         if not 0 <= self.seed < 2**32:
             found.append(f"seed={self.seed}: give 0 to {2**32 - 1}")
         found += at_least(self, 1, "limit", "max_pixels", "sampling_tokens")
+        found += [f"fields: {problem}" for problem in parse_fields(self.fields or [])[1]]
         return found
 
 
@@ -174,4 +184,7 @@ def run_command(config_class: type, main: Callable) -> None:
     except (ConfigError, DataError, PolicyError) as error:
         sys.exit(f"{Path(sys.argv[0]).name}: {error}")
     except KeyboardInterrupt:
-        sys.exit(f"{Path(sys.argv[0]).name}: interrupted; what was written stays, --resume goes on where there is one")
+        sys.exit(
+            f"{Path(sys.argv[0]).name}: interrupted; what was written stays: go on with --resume where "
+            "there is that flag, else with the same command"
+        )

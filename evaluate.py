@@ -22,7 +22,7 @@ from tqdm import tqdm
 from config import PolicyConfig, at_least, option, run_command
 from data.examples import load_examples
 from reward import RewardConfig, score_group
-from rollout import check_prompts, sample_groups
+from rollout import check_prompts, max_positions, sample_groups
 from vlm import load_policy, resolve_layers
 
 METRICS = ("accuracy", "format", "tas", "tas_selected", "length", "truncated")
@@ -160,13 +160,11 @@ def with_nan(rows: list[dict]) -> list[dict]:
 
 
 def main(config: EvaluateConfig) -> None:
-    examples = load_examples(
-        config.data, split=config.split, limit=config.limit, bad_rows=config.bad_rows, require_boxes=False
-    )
+    examples = load_examples(config.data, **config.data_arguments(), require_boxes=False)
     model, processor = load_policy(**config.policy_arguments(lora_rank=0))
     model.requires_grad_(False)  # a frozen vision tower's features are kept from sampling to scoring
     resolve_layers(model, config.attention_layers)
-    check_prompts(model, processor, examples, config.system_prompt, config.max_new_tokens)
+    check_prompts(max_positions(model), processor, examples, config.system_prompt, config.max_new_tokens)
     with model.disable_adapter() if config.adapter else nullcontext():
         base = evaluate_policy(model, processor, examples, config, description="base")
     adapter = None

@@ -15,7 +15,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from prompts import Prompt, model_device, prompt_positions
+from families import PolicyError
+from prompts import Prompt, base_model, model_device, prompt_positions
 
 
 @dataclass
@@ -144,6 +145,29 @@ def padded_layout(model: nn.Module, prompts: Sequence[Prompt], completions: Sequ
 
 
 LAYOUTS = {"packed": packed_layout, "padded": padded_layout}
+
+
+def layer_types(model: nn.Module) -> list[str]:
+    """The kind of every decoder layer: "full_attention", "linear_attention", ..."""
+    config = base_model(model).config.get_text_config()
+    return list(getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers)
+
+
+def model_layout(model: nn.Module, layout: str | None = None) -> str:
+    """The layout to use: the one asked for, or by default "packed" where every layer can be tree-masked.
+
+    Linear attention carries a state from token to token, and a sliding window counts tokens that are not there in a
+    packed sequence: such models take the padded layout.
+
+    Raises:
+        PolicyError (a ValueError): no such layout, or "packed" for such a model.
+    """
+    if layout is not None and layout not in LAYOUTS:
+        raise PolicyError(f"layout={layout!r}: valid are {', '.join(map(repr, LAYOUTS))}")
+    special = sorted(set(layer_types(model)) - {"full_attention"})
+    if layout == "packed" and special:
+        raise PolicyError(f"layout='packed': a model with {', '.join(special)} cannot be tree-masked, give 'padded'")
+    return layout or ("padded" if special else "packed")
 
 
 def split_by_tokens(sizes: Sequence[int], sampling_tokens: int) -> list[slice]:

@@ -1,87 +1,24 @@
-"""One prompt: the model's own processor and chat template, boxes to image tokens, positions, picture features.
-
-Everything in which model families differ is here, in FAMILIES. A further family is one entry there; the tests of
-tests/test_vlm.py say whether it is right.
-"""
+"""One prompt: the model's own processor and chat template, boxes to image tokens, positions, picture features."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import inspect
+import math
+import re
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image
 from torch import Tensor, nn
 
 from data.examples import DataError, load_picture
+from data.regions import paint_region
+from families import LANGUAGE_MODULE, PolicyError, pictures_of
 
 SYSTEM_PROMPT = (
     "Look at the part of the image that the question is about, reason briefly, then answer in <answer></answer>."
 )
-
-# --- what differs between model families ------------------------------------------------------------------------
-
-
-def _patch_sequence_shares(processed: dict, image_processor) -> Tensor:
-    """Qwen: patches come as rows, the merge_size² patches of one visual token next to each other."""
-    patches = processed["pixel_values"].float()  # (num_patches, channels * time * patch * patch)
-    return patches.mean(-1).view(-1, image_processor.merge_size**2).mean(-1)  # (N,)
-
-
-class PolicyError(ValueError):
-    """A model, adapter or processor that cannot be used. The message names it, what is valid, and the fix."""
-
-
-@dataclass(frozen=True)
-class Family:
-    """One model family. `token_shares` turns processed mask pixels into one share per image token, in prompt order."""
-
-    processor: str
-    token_shares: Callable[[dict, object], Tensor]
-    multimodal_rope: bool
-
-
-FAMILIES = {
-    "qwen3_vl": Family("Qwen3VLProcessor", _patch_sequence_shares, multimodal_rope=True),
-    "qwen2_5_vl": Family("Qwen2_5_VLProcessor", _patch_sequence_shares, multimodal_rope=True),
-}
-
-
-def supported_families() -> str:
-    return f"supported are {', '.join(sorted(FAMILIES))}; to support another, add its entry to FAMILIES in prompts.py"
-
-
-def _processor_family(processor) -> Family:
-    for family in FAMILIES.values():
-        if family.processor == type(processor).__name__:
-            return family
-    raise PolicyError(f"processor {type(processor).__name__} belongs to no known model family: {supported_families()}")
-
-
-def set_max_pixels(processor, max_pixels: int) -> None:
-    """Let pictures become at most `max_pixels` pixels (area). Raises PolicyError when that is not a token's worth."""
-    image_processor = processor.image_processor
-    cell = image_processor.patch_size * image_processor.merge_size
-    if max_pixels < cell * cell:
-        raise PolicyError(
-            f"max_pixels={max_pixels} is less than one image token: give {cell * cell} ({cell} x {cell}) or more"
-        )
-    size = dict(image_processor.size)
-    size["longest_edge"] = max_pixels  # the processor's name for the largest area
-    size["shortest_edge"] = min(size["shortest_edge"], max_pixels)
-    image_processor.size = size
-
-
-def image_grids(processor, prompt: Prompt) -> list[tuple[int, int]]:
-    """(rows, columns) of the image tokens of every picture of a prompt, in order."""
-    merge = processor.image_processor.merge_size
-    return [(int(height) // merge, int(width) // merge) for _, height, width in prompt.model_inputs["image_grid_thw"]]
-
-
-def max_image_tokens(processor) -> int:
-    """Most tokens that one picture can become."""
-    image_processor = processor.image_processor
-    return image_processor.size["longest_edge"] // (image_processor.patch_size * image_processor.merge_size) ** 2
 
 
 def base_model(model: nn.Module) -> nn.Module:
@@ -119,9 +56,10 @@ def question_text(example: dict) -> str:
     return "\n".join(lines)
 
 
-def placeholders_in(processor, example: dict) -> list[str]:
-    """The model's picture and video placeholders that stand in the text of an example, where they must not."""
-    return [token for token in (processor.image_token, processor.video_token) if token in question_text(example)]
+def placeholders_in(processor, text: str) -> list[str]:
+    """The model's picture and video placeholders that stand in a text, where they must not."""
+    tokens = (processor.image_token, getattr(processor, "video_token", None))
+    return [token for token in tokens if token and token in text]
 
 
 def example_images(example: dict) -> list[Image.Image]:
@@ -152,7 +90,7 @@ def encode_prompt(processor, example: dict, system_prompt: str | None = None) ->
     Raises:
         DataError: the question contains the model's image placeholder. PolicyError: a processor of no known family.
     """
-    placeholders = placeholders_in(processor, example)
+    placeholders = placeholders_in(processor, question_text(example))
     if placeholders:
         raise DataError(
             f"example {example.get('id')!r}: remove {', '.join(placeholders)}, which stands for a picture or a video, "
@@ -164,74 +102,105 @@ def encode_prompt(processor, example: dict, system_prompt: str | None = None) ->
     input_ids = encoded.pop("input_ids")[0]  # (P,)
     encoded.pop("attention_mask", None)
     image_token_index = (input_ids == processor.image_token_id).nonzero().flatten()  # (N,)
-    coverage = region_coverage(processor, images, example.get("boxes") or [])  # (N,)
+    regions = {name: example.get(name) or [] for name in ("boxes", "polygons", "masks")}
+    coverage = region_coverage(processor, images, **regions)  # (N,)
+    if len(coverage) != len(image_token_index):
+        raise PolicyError(
+            f"example {example.get('id')!r}: its pictures are {len(coverage)} tokens by FAMILIES in families.py, but "
+            f"{len(image_token_index)} in the prompt; correct the entry of {type(processor).__name__}"
+        )
     return Prompt(input_ids, image_token_index, coverage, dict(encoded))
 
 
-def region_coverage(processor, images: Sequence[Image.Image], boxes: Sequence) -> Tensor:
-    """Share of every image token's cell that lies inside the boxes.
+def _per_picture(name: str, regions, num_pictures: int, is_flat) -> list[list]:
+    """One list of boxes or polygons for each picture; `is_flat` tells the form that a single picture may have."""
+    regions = regions.tolist() if hasattr(regions, "tolist") else regions
+    if not regions:
+        return [[] for _ in range(num_pictures)]
+    if any(entry and is_flat(entry) for entry in regions):
+        regions = [regions]
+    if len(regions) != num_pictures:
+        raise ValueError(
+            f"{len(regions)} lists of {name} for {num_pictures} pictures: give one list (it may be empty) for each"
+        )
+    return regions
 
-    The boxes are painted white on a black picture of the original's size, and that picture goes through the model's
-    own image processor: whatever it does to a photograph (resize, tile, pad, thumbnail), it does to the mask.
+
+def region_coverage(
+    processor, images: Sequence[Image.Image], boxes: Sequence, polygons: Sequence = (), masks: Sequence = ()
+) -> Tensor:
+    """Share of every image token's cell that lies inside the region: the boxes, polygons and masks together.
+
+    The region is painted white on a black picture of the original's size, and that picture goes through the model's
+    own processor: whatever it does to a photograph (resize, tile, pad, thumbnail), it does to the region.
 
     Args:
         images: the pictures of one prompt, or their paths.
         boxes: for one picture a list of [x1, y1, x2, y2] in its pixels (or a tensor); for several, a list of lists.
+        polygons: for one picture a list of [[x, y], ...]; for several, a list of such lists.
+        masks: one for each picture, of its size, not zero where the region is; None for none.
 
     Returns:
-        (N,) float tensor in [0, 1], in the order of the prompt's image tokens. A box smaller than a cell keeps its
-        share; boxes that vanish altogether when a huge picture is shrunk are grown until they show, so that no region
-        is ever empty.
+        (N,) float tensor in [0, 1], in the order of the prompt's image tokens; with tiles and a thumbnail, the region
+        is in both. A box smaller than a cell keeps its share; a region that vanishes altogether when a huge picture is
+        shrunk is grown until it shows, so that none is ever empty.
 
     Raises:
         ValueError: the number of box lists is not the number of pictures, or a box has no area or lies outside.
+        PolicyError: a processor of no known family.
     """
-    family = _processor_family(processor)
+    pictures = pictures_of(processor)
     images = [image if isinstance(image, Image.Image) else load_picture(image) for image in images]
-    boxes = boxes.tolist() if hasattr(boxes, "tolist") else boxes
-    if not boxes:
-        boxes = [[] for _ in images]
-    elif any(entry and not isinstance(entry[0], Iterable) for entry in boxes):
-        boxes = [boxes]  # the flat form of a single picture
-    if len(boxes) != len(images):
-        raise ValueError(
-            f"{len(boxes)} lists of boxes for {len(images)} pictures: give one list (it may be empty) for each"
-        )
-    masks = []
-    for image, image_boxes in zip(images, boxes, strict=True):
-        mask = Image.new("RGB", image.size)
-        for x1, y1, x2, y2 in image_boxes:
-            if x2 <= x1 or y2 <= y1 or x2 <= 0 or y2 <= 0 or x1 >= image.width or y1 >= image.height:
-                raise ValueError(
-                    f"box {[x1, y1, x2, y2]}: give x1 < x2 and y1 < y2 in pixels of its {image.width} x {image.height} "
-                    "picture"
-                )
-            left, top = round(x1), round(y1)
-            # Pillow's rectangle includes its last pixel; a box, like a slice, does not. At least one pixel is painted.
-            right, bottom = max(left + 1, round(x2)) - 1, max(top + 1, round(y2)) - 1
-            left, top = min(left, image.width - 1), min(top, image.height - 1)
-            ImageDraw.Draw(mask).rectangle((left, top, max(left, right), max(top, bottom)), fill="white")
-        masks.append(mask)
-    processed = processor.image_processor(images=masks, do_normalize=False, return_tensors="pt")
-    # Bicubic resizing overshoots beside an edge.
-    coverage = family.token_shares(processed, processor.image_processor).clamp(0, 1)  # (N,)
-    if any(boxes) and not coverage.any():
-        grown = [
-            [(2 * x1 - x2, 2 * y1 - y2, 2 * x2 - x1, 2 * y2 - y1) for x1, y1, x2, y2 in image_boxes]
-            for image_boxes in boxes
-        ]
-        return region_coverage(processor, images, grown)
-    return coverage
+    boxes = _per_picture("boxes", boxes, len(images), lambda box: not isinstance(box[0], Iterable))
+    polygons = _per_picture("polygons", polygons, len(images), lambda polygon: not isinstance(polygon[0][0], Iterable))
+    masks = masks or [None] * len(images)
+    parts = []
+    for image, own_boxes, own_polygons, mask in zip(images, boxes, polygons, masks, strict=True):
+        region = paint_region(image.size, own_boxes, own_polygons, mask)
+        while True:
+            pixels = pictures.token_pixels(_processed(processor, region.convert("RGB")), processor)  # (n, 3, pixels)
+            # Resizing overshoots beside an edge.
+            part = pixels.float().mean((1, 2)).clamp(0, 1)  # (n,)
+            bounds = region.getbbox()
+            if bounds is None or part.any():
+                break
+            x1, y1, x2, y2 = bounds
+            region = paint_region(image.size, [(2 * x1 - x2, 2 * y1 - y2, 2 * x2 - x1, 2 * y2 - y1)])
+        parts.append(part)
+    return torch.cat(parts)
+
+
+def _processed(processor, picture, **options) -> dict:
+    """One picture, not normalized, through the whole processor: it may give its image processor further settings."""
+    return processor(text=[processor.image_token], images=[picture], do_normalize=False, return_tensors="pt", **options)
+
+
+def token_cells(processor, image: Image.Image) -> Tensor:
+    """Where each token of a picture comes from: (N, 4) boxes [x1, y1, x2, y2] in its pixels, for drawing.
+
+    Two ramps, x and y of every pixel, go through the model's own processor; what arrives in a token's cell says where
+    it was. With tiles and a thumbnail, cells lie on top of each other.
+    """
+    x = (torch.arange(image.width) + 0.5).expand(image.height, -1)
+    y = (torch.arange(image.height) + 0.5)[:, None].expand(-1, image.width)
+    ramps = _processed(processor, torch.stack([x, y, torch.zeros_like(x)]), do_rescale=False)  # (3, H, W) in
+    pixels = pictures_of(processor).token_pixels(ramps, processor)[:, :2]  # (N, 2, pixels)
+    side = math.isqrt(pixels.shape[-1])
+    # From the centres of the outermost pixels to their edges.
+    low, high = pixels.min(-1).values, pixels.max(-1).values  # (N, 2)
+    margin = (high - low) / (2 * max(1, side - 1))
+    limit = torch.tensor([image.width, image.height])
+    return torch.cat([(low - margin).clamp(min=0), torch.minimum(high + margin, limit)], dim=1)
 
 
 def prompt_positions(model: nn.Module, prompt: Prompt) -> Tensor:
     """Position ids of the prompt, (axes, P): three axes for M-RoPE (Qwen), one for all others. Kept on the prompt."""
     if prompt.position_ids is None:
-        base = base_model(model)
-        if FAMILIES[base.config.model_type].multimodal_rope:
+        inner = base_model(model).model
+        if hasattr(inner, "get_rope_index"):
             wanted = ("mm_token_type_ids", "image_grid_thw")
             inputs = {name: prompt.model_inputs[name].cpu() for name in wanted}
-            prompt.position_ids = base.model.get_rope_index(prompt.input_ids[None].cpu(), **inputs)[0][:, 0]
+            prompt.position_ids = inner.get_rope_index(prompt.input_ids[None].cpu(), **inputs)[0][:, 0]
         else:
             prompt.position_ids = torch.arange(len(prompt.input_ids))[None]
     return prompt.position_ids
@@ -242,7 +211,7 @@ def vision_is_frozen(model: nn.Module) -> bool:
     return not any(
         parameter.requires_grad or "lora_" in name
         for name, parameter in base_model(model).model.named_parameters()
-        if "language_model" not in name
+        if not re.search(LANGUAGE_MODULE, name)
     )
 
 
@@ -252,18 +221,21 @@ def image_features(model: nn.Module, prompts: Sequence[Prompt]):
     A frozen tower runs once per prompt; what it said stays on the prompt for the later stages.
     """
     inner, frozen, outputs = base_model(model).model, vision_is_frozen(model), []
+    wanted = inspect.signature(type(inner).get_image_features).parameters
     for prompt in prompts:
         owner, output = prompt.image_features or (None, None)
         if owner is not inner or not frozen:
             inputs = {
-                name: prompt.model_inputs[name].to(model_device(model)) for name in ("pixel_values", "image_grid_thw")
+                name: value.to(model_device(model)) for name, value in prompt.model_inputs.items() if name in wanted
             }
             with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen):
                 output = inner.get_image_features(**inputs, return_dict=True)
             if frozen:
                 prompt.image_features = inner, output
         outputs.append(output)
-    merged = type(outputs[0])(pooler_output=tuple(part for output in outputs for part in output.pooler_output))
+    parts = [part for output in outputs for part in output.pooler_output]  # one for each picture, tile or prompt
+    whole = isinstance(outputs[0].pooler_output, Tensor)  # (tiles, tokens, D)
+    merged = type(outputs[0])(pooler_output=torch.stack(parts) if whole else tuple(parts))
     if getattr(outputs[0], "deepstack_features", None) is not None:
         layers = zip(*(output.deepstack_features for output in outputs), strict=True)
         merged.deepstack_features = [tuple(part for layer in same for part in layer) for same in layers]

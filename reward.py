@@ -275,9 +275,7 @@ def main(config: ScoreConfig) -> None:
     if not path.is_file():
         raise ConfigError(f"rollouts={config.rollouts!r}: no such file; make it with python rollout.py --output {path}")
     rows = {row["id"]: row for row in map(json.loads, path.read_text().splitlines())}
-    examples = load_examples(
-        config.data, split=config.split, limit=config.limit, bad_rows=config.bad_rows, require_boxes=False
-    )
+    examples = load_examples(config.data, **config.data_arguments(), require_boxes=False)
     model, processor = load_policy(**config.policy_arguments(lora_rank=0))
     resolve_layers(model, config.attention_layers)
     Path(config.output).parent.mkdir(parents=True, exist_ok=True)

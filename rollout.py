@@ -2,7 +2,8 @@
 
 The prompt (picture included) is read once into a batch-1 cache. From then on every step feeds one new token per
 unfinished completion into that same cache under the tree mask: finished completions cost nothing, and the keys of the
-prompt exist once, not num_generations times. Several groups may be sampled side by side in one cache.
+prompt exist once, not num_generations times. Several groups may be sampled side by side in one cache. Models with
+linear attention have no tree mask: there, every completion has a row of its own, after one reading of the prompt.
 
     python rollout.py --data scenes:heldout --limit 8 --output rollouts.jsonl
     python rollout.py --model Qwen/Qwen3-VL-4B-Instruct --load_in_4bit --data mine.jsonl --output rollouts.jsonl
@@ -22,16 +23,17 @@ from transformers import DynamicCache
 
 from config import ConfigError, PolicyConfig, SamplingConfig, option, run_command
 from data.examples import DataError, load_examples
-from packing import packed_layout, split_by_tokens, tree_mask
+from families import pictures_of
+from packing import model_layout, packed_layout, split_by_tokens, tree_mask
 from prompts import (
     Prompt,
     base_model,
     encode_prompt,
-    max_image_tokens,
     model_device,
     placeholders_in,
     prompt_positions,
     prompt_text,
+    question_text,
 )
 from vlm import TokenStatistics, eos_token_ids, evaluating, forward_hidden, load_policy, suppressed_token_ids
 
@@ -116,12 +118,12 @@ def sample_groups(
         raise ValueError("; ".join(problems))
     prompts = [encode_prompt(processor, example, system_prompt) for example in examples]
     for example, prompt in zip(examples, prompts, strict=True):
-        check_prompt_length(model, len(prompt.input_ids), max_new_tokens, example)
+        check_prompt_length(max_positions(model), len(prompt.input_ids), max_new_tokens, example)
     generators = generators or [None] * len(prompts)
     sizes = [len(prompt.input_ids) + num_generations * max_new_tokens for prompt in prompts]
     completions: list[Tensor] = []
     with evaluating(model):
-        for part in split_by_tokens(sizes, sampling_tokens):
+        for part in split_by_tokens(sizes, sampling_tokens if model_layout(model) == "packed" else 0):
             choose = partial(choose_tokens, temperature=temperature, top_p=top_p)
             completions += _sample(
                 model, processor, prompts[part], num_generations, max_new_tokens, choose, generators[part]
@@ -140,41 +142,42 @@ def max_positions(model) -> int:
     return base_model(model).config.get_text_config().max_position_embeddings
 
 
-def check_prompt_length(model, num_tokens: int, max_new_tokens: int, example: dict) -> None:
+def check_prompt_length(positions: int, num_tokens: int, max_new_tokens: int, example: dict) -> None:
     """Raises DataError when a prompt of num_tokens and a completion do not fit in the model's positions."""
-    if num_tokens + max_new_tokens > max_positions(model):
+    if num_tokens + max_new_tokens > positions:
         raise DataError(
             f"example {example.get('id')!r}: prompt of {num_tokens} tokens + max_new_tokens={max_new_tokens} "
-            f"are more than the model's {max_positions(model)} positions: lower "
+            f"are more than the model's {positions} positions: lower "
             "--max_pixels or --max_new_tokens, or shorten the question"
         )
 
 
-def check_prompts(model, processor, examples, system_prompt: str | None, max_new_tokens: int) -> None:
+def check_prompts(positions: int, processor, examples, system_prompt: str | None, max_new_tokens: int) -> None:
     """Find prompts that cannot be used before any long work starts: too long, or with a picture's placeholder in them.
 
-    Only the prompts that could be too long, by their text and by the most tokens a picture may have, are encoded.
+    `positions` is max_positions(model). Only the prompts that could be too long, by their text and by the most tokens
+    a picture may have, are encoded.
 
     Raises:
         DataError: names every such example, what fits, and the fix.
     """
-    placeholders = [token for token in (processor.image_token, processor.video_token) if token in (system_prompt or "")]
+    placeholders = placeholders_in(processor, system_prompt or "")
     if placeholders:
         raise DataError(f"system_prompt: remove {', '.join(placeholders)}, which stands for a picture or a video")
+    most_tokens = pictures_of(processor).max_image_tokens(processor)
     # Scenes are drawn by sayo itself, all of one small size: one of them speaks for all.
     num_checked = 1 if examples.name.partition(":")[0] == "scenes" else len(examples)
     found = []
     for index in range(num_checked):
         row = examples.peek(index)
         text = prompt_text(processor, row, system_prompt)
-        longest = len(processor.tokenizer(text, verbose=False).input_ids) + len(row["images"]) * max_image_tokens(
-            processor
-        )
-        if longest + max_new_tokens <= max_positions(model) and not placeholders_in(processor, row):
+        longest = len(processor.tokenizer(text, verbose=False).input_ids) + len(row["images"]) * most_tokens
+        is_short = longest + max_new_tokens <= positions
+        if is_short and not placeholders_in(processor, question_text(row)):
             continue
         try:
             num_tokens = len(encode_prompt(processor, examples[index], system_prompt).input_ids)
-            check_prompt_length(model, num_tokens, max_new_tokens, row)
+            check_prompt_length(positions, num_tokens, max_new_tokens, row)
         except DataError as error:
             found.append(str(error))
     if found:
@@ -208,28 +211,63 @@ def sample_group(
     )[0]
 
 
+class _TreeCache:
+    """The prompts side by side, each once, and all tokens of all completions behind them, under the tree mask."""
+
+    def __init__(self, model, prompts, num_generations):
+        self.model, device = model, model_device(model)
+        layout = packed_layout(model, prompts, [[] for _ in prompts])
+        self.cache = DynamicCache(config=base_model(model).config.get_text_config())
+        hidden = forward_hidden(
+            model, layout.input_ids, layout.position_ids, layout.attention_mask, prompts=prompts, cache=self.cache
+        )[0]  # (sum of P, D)
+        # A segment is a prompt (0 ... B-1) or a completion (B ...).
+        lengths = torch.tensor([len(prompt.input_ids) for prompt in prompts])
+        self.key_owner = torch.arange(len(prompts)).repeat_interleave(lengths).to(device)  # (K,)
+        self.parent = torch.arange(len(prompts), device=device).repeat_interleave(num_generations)  # (B * G,)
+        self.segment = len(prompts) + torch.arange(len(self.parent), device=device)  # (B * G,)
+        starts = torch.stack([prompt_positions(model, prompt).max() + 1 for prompt in prompts]).to(device)
+        self.start, self.axes = starts[self.parent], len(layout.position_ids)
+        self.hidden = hidden[lengths.cumsum(0).to(device) - 1][self.parent]  # (B * G, D), the last token of each prompt
+
+    def feed(self, tokens: Tensor, alive: Tensor, step: int) -> Tensor:
+        """The tokens (m,) of the completions `alive` (m,) to their last hidden states (m, D)."""
+        self.key_owner = torch.cat([self.key_owner, self.segment[alive]])  # (K + m,)
+        mask = tree_mask(self.segment[alive], self.parent[alive], self.key_owner)  # (m, K + m)
+        positions = (self.start[alive] + step).expand(self.axes, 1, -1)  # (axes, 1, m)
+        return forward_hidden(self.model, tokens[None], positions, mask[None, None], cache=self.cache)[0]
+
+
+class _RowCache:
+    """One row for each completion of one prompt, which is read once: for models that have no tree mask."""
+
+    def __init__(self, model, prompts, num_generations):
+        prompt_only = _TreeCache(model, prompts, num_generations)
+        self.model, self.cache, self.hidden = model, prompt_only.cache, prompt_only.hidden  # (G, D)
+        self.start, self.axes = prompt_only.start, prompt_only.axes
+        self.rows = torch.arange(num_generations, device=self.start.device)  # completions that have a row
+        self.cache.reorder_cache(torch.zeros_like(self.rows))
+
+    def feed(self, tokens: Tensor, alive: Tensor, step: int) -> Tensor:
+        if len(alive) < len(self.rows):  # rows of finished completions cost nothing more
+            self.cache.reorder_cache(torch.searchsorted(self.rows, alive))
+            self.rows = alive
+        positions = (self.start[alive] + step).expand(self.axes, -1)[:, :, None]  # (axes, m, 1)
+        return forward_hidden(self.model, tokens[:, None], positions, None, cache=self.cache)[:, 0]
+
+
 def _sample(model, processor, prompts, num_generations, max_new_tokens, choose, generators) -> list[Tensor]:
     """The completions of all prompts one after the other, each (n_i,) on the CPU."""
     device, head = model_device(model), base_model(model).get_output_embeddings()
     ends = torch.tensor(sorted(eos_token_ids(model, processor)), device=device)
     suppressed = suppressed_token_ids(model, processor).to(device)
+    caches = {"packed": _TreeCache, "padded": _RowCache}
+    cache = caches[model_layout(model)](model, prompts, num_generations)
+    hidden = cache.hidden  # (B * G, D)
 
-    # Prefill: the prompts side by side, each once. A segment is a prompt (0 ... B-1) or a completion (B ...).
-    layout = packed_layout(model, prompts, [[] for _ in prompts])
-    cache = DynamicCache(config=base_model(model).config.get_text_config())
-    hidden = forward_hidden(
-        model, layout.input_ids, layout.position_ids, layout.attention_mask, prompts=prompts, cache=cache
-    )[0]  # (sum of P, D)
-    lengths = torch.tensor([len(prompt.input_ids) for prompt in prompts])
-    key_owner = torch.arange(len(prompts)).repeat_interleave(lengths).to(device)  # (K,)
-    parent = torch.arange(len(prompts), device=device).repeat_interleave(num_generations)  # (B * G,)
-    segment = len(prompts) + torch.arange(len(parent), device=device)  # (B * G,)
-    starts = torch.stack([prompt_positions(model, prompt).max() + 1 for prompt in prompts]).to(device)
-    hidden = hidden[lengths.cumsum(0).to(device) - 1][parent]  # (B * G, D), the last token of each prompt
-
-    tokens = torch.zeros(len(parent), max_new_tokens, dtype=torch.long, device=device)
-    counts = torch.full((len(parent),), max_new_tokens)
-    alive = torch.arange(len(parent), device=device)  # (m,) completions that go on
+    tokens = torch.zeros(len(hidden), max_new_tokens, dtype=torch.long, device=device)
+    counts = torch.full((len(hidden),), max_new_tokens)
+    alive = torch.arange(len(hidden), device=device)  # (m,) completions that go on
     for step in range(max_new_tokens):
         logits = head(hidden).float()  # (m, V)
         logits[:, suppressed] = float("-inf")
@@ -242,10 +280,7 @@ def _sample(model, processor, prompts, num_generations, max_new_tokens, choose, 
         alive, drawn = alive[~ended], drawn[~ended]
         if len(alive) == 0 or step + 1 == max_new_tokens:
             break
-        key_owner = torch.cat([key_owner, segment[alive]])  # (K + m,)
-        mask = tree_mask(segment[alive], parent[alive], key_owner)  # (m, K + m)
-        positions = (starts[parent[alive]] + step).expand(len(layout.position_ids), 1, -1)  # (axes, 1, m)
-        hidden = forward_hidden(model, drawn[None], positions, mask[None, None], cache=cache)[0]  # (m, D)
+        hidden = cache.feed(drawn, alive, step)  # (m, D)
     tokens = tokens.cpu()
     return [row[:count] for row, count in zip(tokens, counts.tolist(), strict=True)]
 
@@ -279,12 +314,10 @@ def main(config: RolloutConfig) -> None:
         whole = [line for line in output.read_text().splitlines(keepends=True) if line.endswith("\n")]
         output.write_text("".join(whole))
         done = {json.loads(line)["id"] for line in whole}
-    examples = load_examples(
-        config.data, split=config.split, limit=config.limit, bad_rows=config.bad_rows, require_boxes=False
-    )
+    examples = load_examples(config.data, **config.data_arguments(), require_boxes=False)
     model, processor = load_policy(**config.policy_arguments(lora_rank=0))
     output.parent.mkdir(parents=True, exist_ok=True)
-    check_prompts(model, processor, examples, config.system_prompt, config.max_new_tokens)
+    check_prompts(max_positions(model), processor, examples, config.system_prompt, config.max_new_tokens)
     with output.open("a") as file:
         for index in tqdm(range(len(examples)), desc="rollout", unit="group"):
             example = examples[index]

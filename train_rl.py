@@ -32,7 +32,7 @@ from evaluate import evaluate_shared, format_table, report, with_nan, without_na
 from metrics import StageClock, group_metrics, step_metrics
 from prompts import base_model
 from reward import COMPONENTS, RewardConfig, score_group
-from rollout import Group, check_prompts, group_generator, sample_groups
+from rollout import Group, check_prompts, group_generator, max_positions, sample_groups
 from visualize import plot_curves
 from vlm import evaluating, group_logprobs, load_policy, resolve_layers
 
@@ -298,17 +298,10 @@ def main(config: Config) -> None:
             f"{accelerator.num_processes}: give one"
         )
     set_seed(config.seed)
-    examples = load_examples(
-        config.data,
-        split=config.split,
-        limit=config.limit,
-        bad_rows=config.bad_rows,
-        require_boxes=config.attention_weight > 0,
-    )
+    examples = load_examples(config.data, **config.data_arguments(), require_boxes=config.attention_weight > 0)
     eval_data = config.eval_data or ("scenes:heldout" if config.data == "scenes" else None)
-    held_out = eval_data and load_examples(
-        eval_data, split=config.eval_split, limit=config.eval_limit, bad_rows=config.bad_rows, require_boxes=False
-    )
+    arguments = config.data_arguments() | {"split": config.eval_split, "limit": config.eval_limit}
+    held_out = eval_data and load_examples(eval_data, **arguments, require_boxes=False)
     arguments = config.policy_arguments(config.lora_rank)
     if checkpoint:
         arguments["adapter"] = str(checkpoint / "adapter")
@@ -317,7 +310,7 @@ def main(config: Config) -> None:
     )
     resolve_layers(model, config.attention_layers)
     for data in filter(None, (examples, held_out)):
-        check_prompts(model, processor, data, config.system_prompt, config.max_new_tokens)
+        check_prompts(max_positions(model), processor, data, config.system_prompt, config.max_new_tokens)
     if config.gradient_checkpointing:
         base_model(model).activation_checkpointing_enable({"use_reentrant": False})
     model.train(config.gradient_checkpointing)  # eval mode where training mode is not needed: no dropout anywhere

@@ -5,17 +5,18 @@ python visualize.py --adapter runs/sayo/adapter --data scenes:heldout --index 0 
 """
 
 import json
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from textwrap import fill
 
 import matplotlib
+import numpy as np
 import torch
 
 from config import ConfigError, PolicyConfig, option, run_command
 from data.examples import load_examples
-from prompts import image_grids
+from prompts import example_images, token_cells
 from reward import RewardConfig, score_group, select_uncertain
 from rollout import sample_group
 from vlm import attention_maps, load_policy
@@ -63,6 +64,25 @@ def plot_curves(metrics_path: Path, output: Path) -> None:
     plt.close(figure)
 
 
+def paint_tokens(values, cells, size: tuple[int, int], longest: int = 512) -> np.ndarray:
+    """Values of image tokens as a picture: each is spread over its token's cell, and where cells overlap (tiles and a
+    thumbnail) they add up.
+
+    Args:
+        values: (N,). cells: (N, 4) boxes in pixels of a picture. size: its (width, height).
+
+    Returns:
+        (rows, columns) float array of the picture's shape, its longest side at most `longest`.
+    """
+    scale = min(1.0, longest / max(size))
+    canvas = np.zeros((max(1, round(size[1] * scale)), max(1, round(size[0] * scale))))
+    for value, (x1, y1, x2, y2) in zip(np.asarray(values), np.asarray(cells) * scale, strict=True):
+        left, top = min(round(x1), canvas.shape[1] - 1), min(round(y1), canvas.shape[0] - 1)
+        cell = canvas[top : max(top + 1, round(y2)), left : max(left + 1, round(x2))]
+        cell += value / cell.size
+    return canvas
+
+
 def look(model, processor, example: dict, config: RewardConfig, system_prompt: str | None = None):
     """Where the uncertain tokens of the greedy completion look.
 
@@ -78,42 +98,64 @@ def look(model, processor, example: dict, config: RewardConfig, system_prompt: s
     maps = attention_maps(
         model, group.prompt, group.completions[0], layers=config.attention_layers, query=config.attention_query
     )
-    rows, columns = image_grids(processor, group.prompt)[0]
-    return maps[chosen].mean(0)[: rows * columns].view(rows, columns).cpu().numpy(), group.texts[0], tas
+    picture = example_images(example)[0]
+    cells = token_cells(processor, picture)
+    return paint_tokens(maps[chosen].mean(0)[: len(cells)].cpu(), cells, picture.size), group.texts[0], tas
+
+
+def regions_of(example: dict) -> list[tuple]:
+    """(boxes, polygons, mask or None) of each picture of an example."""
+    count = len(example["images"])
+    boxes, polygons = (example.get(name) or [] for name in ("boxes", "polygons"))
+    if count == 1:
+        boxes, polygons = [boxes], [polygons]
+    empty = [[] for _ in range(count)]
+    return list(zip(boxes or empty, polygons or empty, example.get("masks") or [None] * count, strict=True))
+
+
+def outline_region(axis, boxes, polygons, mask) -> None:
+    """Draw the edges of a region, in pixels of the picture that the axis shows."""
+    from matplotlib.patches import Polygon, Rectangle
+
+    for x1, y1, x2, y2 in boxes:
+        axis.add_patch(Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, edgecolor="lime", linewidth=1.6))
+    for polygon in polygons:
+        axis.add_patch(Polygon(polygon, fill=False, edgecolor="cyan", linewidth=1.6))
+    if mask is not None:
+        axis.contour(np.asarray(mask) > 0, levels=[0.5], colors="yellow", linewidths=1.6)
+
+
+@contextmanager
+def panels(rows: int, columns: int, size: tuple[float, float], output: Path):
+    """Axes (rows, columns) without ticks, each of `size` in inches, saved behind the block."""
+    matplotlib.use("agg")
+    import matplotlib.pyplot as plt
+
+    with plt.rc_context({"text.parse_math": False}):  # a dollar in a question or a completion is a dollar
+        shape = size[0] * columns, size[1] * rows
+        figure, axes = plt.subplots(rows, columns, figsize=shape, layout="constrained", squeeze=False)
+        for axis in axes.flat:
+            axis.axis("off")
+        yield axes
+        figure.savefig(output, dpi=110, bbox_inches="tight")
+        plt.close(figure)
 
 
 def plot_attention(examples: list[dict], columns: dict[str, list], output: Path) -> None:
-    """One row per example: the picture with its boxes, then a heat map for each named list of look() results."""
-    matplotlib.use("agg")
-    import matplotlib.pyplot as plt
-    from matplotlib.patches import Rectangle
-
-    figure, axes = plt.subplots(
-        len(examples),
-        1 + len(columns),
-        figsize=(3.4 * (1 + len(columns)), 3.4 * len(examples)),
-        layout="constrained",
-        squeeze=False,
-    )
-    for axis in axes.flat:
-        axis.axis("off")
-    for example, row in zip(examples, axes, strict=True):
-        picture = example["images"][0]
-        boxes = example["boxes"] if len(example["images"]) == 1 else example["boxes"][0]
-        for axis in row:
-            axis.imshow(picture)
-            for x1, y1, x2, y2 in boxes:
-                axis.add_patch(Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, edgecolor="black", linewidth=1.5))
-        row[0].set_title(f"{fill(example['question'], 44)}\n{example['answer']}", fontsize=8)
-    for place, (name, looks) in enumerate(columns.items(), 1):
-        for axis, example, (heat, text, tas) in zip(axes[:, place], examples, looks, strict=True):
-            width, height = example["images"][0].size
-            # Where the policy does not look, the picture stays as it is.
-            options = {"alpha": 0.85 * heat / heat.max(), "interpolation": "nearest", "vmin": 0}
-            axis.imshow(heat, extent=(0, width, height, 0), cmap="autumn_r", **options)
-            axis.set_title(f"{name}, TAS {tas:.2f}\n{fill(text, 44)}", fontsize=8)
-    figure.savefig(output, dpi=110)
-    plt.close(figure)
+    """One row per example: the picture with its region, then a heat map for each named list of look() results."""
+    with panels(len(examples), 1 + len(columns), (3.4, 3.4), output) as axes:
+        for example, row in zip(examples, axes, strict=True):
+            for axis in row:
+                axis.imshow(example["images"][0])
+                outline_region(axis, *regions_of(example)[0])
+            row[0].set_title(f"{fill(example['question'], 44)}\n{example['answer']}", fontsize=8)
+        for place, (name, looks) in enumerate(columns.items(), 1):
+            for axis, example, (heat, text, tas) in zip(axes[:, place], examples, looks, strict=True):
+                width, height = example["images"][0].size
+                # Where the policy does not look, the picture stays as it is.
+                options = {"alpha": 0.85 * heat / heat.max(), "interpolation": "nearest", "vmin": 0}
+                axis.imshow(heat, extent=(0, width, height, 0), cmap="autumn_r", **options)
+                axis.set_title(f"{name}, TAS {tas:.2f}\n{fill(text, 44)}", fontsize=8)
 
 
 @dataclass
@@ -136,7 +178,7 @@ def main(config: VisualizeConfig) -> None:
     if config.metrics:
         plot_curves(Path(config.metrics), Path(config.output))
     else:
-        data = load_examples(config.data, split=config.split, bad_rows=config.bad_rows, require_boxes=False)
+        data = load_examples(config.data, **config.data_arguments(), require_boxes=False)
         if not all(0 <= index < len(data) for index in config.index):
             raise ConfigError(f"index={config.index}: {config.data} has the examples 0 to {len(data) - 1}")
         examples = [data[index] for index in config.index]

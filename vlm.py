@@ -2,8 +2,8 @@
 
 A group is one sequence. GRPO samples G completions of one prompt, and a prompt with a picture is far longer than a
 completion, so a group is never a padded batch of G copies, but the prompt once and every completion behind it, under
-a tree mask. Three small modules hold the parts: prompts.py (an example becomes a Prompt; what differs between model
-families), packing.py (where each token sits), attention.py (reading attention rows).
+a tree mask. Four small modules hold the parts: families.py (all that differs between model families), prompts.py (an
+example becomes a Prompt), packing.py (where each token sits), attention.py (reading attention rows).
 """
 
 from __future__ import annotations
@@ -23,18 +23,9 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, BitsAndBytesConfig
 
 from attention import PROBED_ATTENTION, AttentionProbe
-from packing import LAYOUTS, Layout
-from prompts import (
-    FAMILIES,
-    PolicyError,
-    Prompt,
-    base_model,
-    encode_prompt,
-    image_features,
-    region_coverage,
-    set_max_pixels,
-    supported_families,
-)
+from families import FAMILIES, LANGUAGE_MODULE, PolicyError, pictures_of, unsupported
+from packing import LAYOUTS, Layout, layer_types, model_layout
+from prompts import Prompt, base_model, encode_prompt, image_features, region_coverage
 
 __all__ = [
     "Prompt",
@@ -43,6 +34,7 @@ __all__ = [
     "forward_hidden",
     "group_logprobs",
     "load_policy",
+    "load_processor",
     "region_coverage",
     "row_logprobs",
     "token_statistics",
@@ -98,16 +90,7 @@ def load_policy(
         raise PolicyError(f'dtype={dtype!r}: valid are "auto", "float32", "bfloat16" and "float16"')
     if adapter is not None and Path(adapter).is_dir() and not (Path(adapter) / "adapter_config.json").is_file():
         raise PolicyError(f"adapter={adapter!r} holds no adapter_config.json: give the adapter/ folder of a run")
-    try:
-        config = AutoConfig.from_pretrained(model, revision=revision)
-    except (OSError, ValueError) as error:
-        raise PolicyError(
-            f"model={model!r} cannot be loaded: give a folder that holds config.json or the id of a model on the Hub "
-            f"(with a network, or already downloaded). transformers says: {str(error).splitlines()[0]}"
-        ) from error
-    if config.model_type not in FAMILIES:
-        raise PolicyError(f"model={model!r} is of type {config.model_type!r}: {supported_families()}")
-
+    _, processor = load_processor(model, revision=revision, max_pixels=max_pixels)
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     quantization = None
     if load_in_4bit:
@@ -117,10 +100,9 @@ def load_policy(
             bnb_4bit_quant_type="nf4",
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=compute_dtype,
-            llm_int8_skip_modules=[r"(?!.*language_model).*"],  # vision tower, projector and head keep their format
+            llm_int8_skip_modules=[f"(?!.*{LANGUAGE_MODULE}).*"],  # vision tower, projector and head keep their format
         )
     try:
-        processor = AutoProcessor.from_pretrained(model, revision=revision)
         policy = AutoModelForImageTextToText.from_pretrained(
             model,
             revision=revision,
@@ -131,8 +113,7 @@ def load_policy(
         )
     except (OSError, ValueError, SafetensorError) as error:
         raise PolicyError(
-            f"model={model!r} cannot be loaded: it must hold weights, a tokenizer and a processor. transformers says: "
-            f"{str(error)[:300]}"
+            f"model={model!r} cannot be loaded: it must hold weights. transformers says: {str(error)[:300]}"
         ) from error
     for module in policy.modules():
         # In eval mode bitsandbytes packs the weights for newer CPUs, and from then on its backward is silently wrong.
@@ -140,12 +121,34 @@ def load_policy(
             module.support_avx512bf16_for_cpu = False
     if attn == "sdpa":
         policy.set_attn_implementation({"text_config": PROBED_ATTENTION})
-    if max_pixels is not None:
-        set_max_pixels(processor, max_pixels)
-
     if adapter is not None or lora_rank > 0:
         policy = _with_adapter(policy, adapter, lora_rank, lora_alpha, lora_targets, load_in_4bit)
     return policy.eval(), processor
+
+
+def load_processor(model: str, *, revision: str | None = None, max_pixels: int | None = None) -> tuple:
+    """(config, processor) of a model, without its weights. Args and Raises: as load_policy."""
+    try:
+        # Said outright, or transformers would ask on the terminal whether to run a checkpoint's own code.
+        config = AutoConfig.from_pretrained(model, revision=revision, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise PolicyError(
+            f"model={model!r} cannot be loaded: give a folder that holds config.json or the id of a model on the Hub "
+            f"(with a network, or already downloaded), of InternVL one whose name ends in -HF. transformers says: "
+            f"{str(error).splitlines()[0]}"
+        ) from error
+    if config.model_type not in FAMILIES:
+        raise unsupported(f"model={model!r} is of type {config.model_type!r}")
+    try:
+        processor = AutoProcessor.from_pretrained(model, revision=revision, trust_remote_code=False)
+    except (OSError, ValueError, ImportError) as error:  # ImportError: SmolVLM's processor wants num2words
+        raise PolicyError(
+            f"model={model!r} cannot be loaded: it must hold a tokenizer and a processor. transformers says: "
+            f"{str(error)[:300]}"
+        ) from error
+    if max_pixels is not None:
+        pictures_of(processor).set_max_pixels(processor, max_pixels)
+    return config, processor
 
 
 def _with_adapter(policy, adapter, lora_rank, lora_alpha, lora_targets, load_in_4bit):
@@ -167,7 +170,7 @@ def _with_adapter(policy, adapter, lora_rank, lora_alpha, lora_targets, load_in_
                     f"model. peft says: {str(error)[:300]}"
                 ) from error
         if lora_targets == "language":
-            lora_targets = r".*language_model.*\.(" + "|".join(sorted(_language_linears(policy))) + ")"
+            lora_targets = rf".*{LANGUAGE_MODULE}.*\.(" + "|".join(sorted(_language_linears(policy))) + ")"
         lora = LoraConfig(r=lora_rank, lora_alpha=lora_alpha, target_modules=lora_targets, task_type="CAUSAL_LM")
         return get_peft_model(policy, lora)
 
@@ -182,7 +185,7 @@ def _language_linears(model: nn.Module) -> set[str]:
     return {
         name.rsplit(".", 1)[-1]
         for name, module in base_model(model).named_modules()
-        if "language_model" in name and isinstance(module, nn.Linear)
+        if re.search(LANGUAGE_MODULE, name) and isinstance(module, nn.Linear)
     }
 
 
@@ -284,24 +287,27 @@ def row_logprobs(head: nn.Module, hidden: Tensor, ids: Tensor, temperature: floa
 
 
 def group_logprobs(
-    model: nn.Module, prompt: Prompt, completions: Sequence[Tensor], *, layout: str = "packed", temperature: float = 1.0
+    model: nn.Module,
+    prompt: Prompt,
+    completions: Sequence[Tensor],
+    *,
+    layout: str | None = None,
+    temperature: float = 1.0,
 ) -> list[Tensor]:
     """Log-probabilities of every completion token under the model, differentiable.
 
     Args:
         completions: G id tensors of shape (n_i,).
-        layout: "packed" or "padded"; the numbers are the same.
+        layout: "packed" or "padded"; the numbers are the same. By default packed where the model can be.
         temperature: logits are divided by it, as in sampling.
 
     Returns:
         G float32 tensors (n_i,), on the model's device.
 
     Raises:
-        ValueError: the layout's name is not one of the two.
+        ValueError: the layout's name is not one of the two, or "packed" for a model with linear attention.
     """
-    if layout not in LAYOUTS:
-        raise ValueError(f"layout={layout!r}: valid are {', '.join(map(repr, LAYOUTS))}")
-    batch = LAYOUTS[layout](model, [prompt], [completions])
+    batch = LAYOUTS[model_layout(model, layout)](model, [prompt], [completions])
     hidden = forward_hidden(model, batch.input_ids, batch.position_ids, batch.attention_mask, prompts=batch.prompts)
     rows = hidden.flatten(0, 1)[batch.predict_rows]  # (T, D)
     logps, _ = row_logprobs(base_model(model).get_output_embeddings(), rows, batch.completion_ids, temperature)
@@ -322,14 +328,21 @@ class TokenStatistics:
 
 
 def resolve_layers(model: nn.Module, layers: Sequence[int]) -> list[int]:
-    """Layer numbers counted from 0, or from the end when negative. Raises PolicyError when there is no such layer."""
-    depth = base_model(model).config.get_text_config().num_hidden_layers
-    wrong = [layer for layer in layers if not -depth <= layer < depth]
-    if wrong or not layers:
+    """Numbers of decoder layers, counted from 0; negative ones count from the end, over layers of softmax attention.
+
+    Raises:
+        PolicyError: there is no such layer, or it has linear attention and so no attention rows.
+    """
+    types = layer_types(model)
+    attending = [layer for layer, kind in enumerate(types) if kind != "linear_attention"]
+    found = [attending[layer] if -len(attending) <= layer < 0 else layer for layer in layers]
+    if not layers or any(layer not in attending for layer in found):
+        all_of_them = f"0 to {len(types) - 1}" if len(attending) == len(types) else ", ".join(map(str, attending))
         raise PolicyError(
-            f"attention_layers={list(layers)}: this model has layers {-depth} to {depth - 1}, give at least one"
+            f"attention_layers={list(layers)}: this model has attention rows in its layers {all_of_them} (or "
+            f"{-len(attending)} to -1, from the end), give at least one"
         )
-    return sorted({layer % depth for layer in layers})
+    return sorted(set(found))
 
 
 def _probed_forward(model: nn.Module, batch: Layout, layers: Sequence[int], query: str) -> tuple[Tensor, Tensor]:
@@ -354,7 +367,7 @@ def token_statistics(
     temperature: float = 1.0,
     layers: Sequence[int] = (-1,),
     query: str = "token",
-    layout: str = "packed",
+    layout: str | None = None,
 ) -> TokenStatistics:
     """Log-probs, entropies and attention on target and image of every completion token, in one forward.
 
@@ -367,7 +380,7 @@ def token_statistics(
     Raises:
         ValueError: no such layer or query, or a model loaded with attn="eager".
     """
-    batch = LAYOUTS[layout](model, [prompt], [completions])
+    batch = LAYOUTS[model_layout(model, layout)](model, [prompt], [completions])
     hidden, attention = _probed_forward(model, batch, layers, query)  # attention (T, 2)
     rows = hidden.flatten(0, 1)[batch.predict_rows]  # (T, D)
     head = base_model(model).get_output_embeddings()
@@ -384,7 +397,7 @@ def attention_maps(
 
     Args and Raises: as token_statistics, whose target and image attention are weighted means of these rows.
     """
-    batch = LAYOUTS["packed"](model, [prompt], [[completion]])
+    batch = LAYOUTS[model_layout(model)](model, [prompt], [[completion]])
     one_column_each = torch.zeros(1, batch.input_ids.shape[1], len(prompt.image_token_index))  # (1, S, N)
     one_column_each[0, prompt.image_token_index, torch.arange(len(prompt.image_token_index))] = 1
     batch.key_weights = one_column_each.to(batch.key_weights)

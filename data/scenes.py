@@ -7,17 +7,21 @@ A picture holds either three to six plain shapes or a small bar chart with a leg
     heldout             every picture holds a (shape, color) or (letter, color) pair that no other split ever shows
     newtype             pictures as in train, but a kind of question that no other split asks ("closest to")
 
-    python -m data.scenes --out sheet.png --split heldout --count 24
+    python -m data.check scenes:heldout --sheet sheet.png       # look at some
+    python -m data.scenes --out scenes --count 20000            # write them as any other data set
 """
 
 import argparse
+import json
 import math
 import random
 from collections.abc import Sequence
 from dataclasses import asdict
 from itertools import permutations
+from pathlib import Path
 
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
+from tqdm import tqdm
 
 from data.scene_questions import CHART_KINDS, COLORS, KINDS, NEW_KINDS, SHAPE_KINDS, SHAPES, Question, Thing
 
@@ -234,34 +238,27 @@ def load_scenes(name: str) -> Scenes:
     return Scenes(split, DEFAULT_SIZES[split])
 
 
-def contact_sheet(scenes: Sequence, count: int, columns: int = 6) -> Image.Image:
-    """The first `count` examples side by side, boxes outlined, question and reasoning written below each (RGB)."""
-    cell_width, cell_height, font = 232, 290, ImageFont.load_default_imagefont()
-    rows = math.ceil(count / columns)
-    sheet = Image.new("RGB", (columns * cell_width, rows * cell_height), "white")
-    draw = ImageDraw.Draw(sheet)
-    for i, example in enumerate(scenes[:count]):
-        left, top = i % columns * cell_width + 8, i // columns * cell_height + 8
-        sheet.paste(example["image"], (left, top))
-        for x1, y1, x2, y2 in example["boxes"]:
-            draw.rectangle((left + x1 - 2, top + y1 - 2, left + x2 + 1, top + y2 + 1), outline="black")
-        lines, line = [], ""
-        for word in f"[{example['kind']}] {example['question']} | {example['reasoning']}".split():
-            if len(line) + len(word) > 34:
-                lines, line = [*lines, line], ""
-            line = f"{line} {word}".strip()
-        draw.multiline_text((left, top + 213), "\n".join([*lines, line]), fill="black", font=font, spacing=1)
-    return sheet
+def write_scenes(scenes: Sequence, folder: Path) -> None:
+    """Write examples as any other data set: folder/train.jsonl, and a PNG for each in folder/images."""
+    (folder / "images").mkdir(parents=True, exist_ok=True)
+    with open(folder / "train.jsonl", "w", encoding="utf-8") as file:
+        for number, example in enumerate(tqdm(scenes, desc="scenes", unit="picture")):
+            row = {name: example[name] for name in ("id", "question", "answer", "boxes", "kind")}
+            row["image"] = f"images/{number:06d}.png"
+            example["image"].save(folder / row["image"], compress_level=1)
+            file.write(json.dumps(row) + "\n")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Draw a contact sheet of the embedded scenes.")
-    parser.add_argument("--out", required=True, help="picture file to write, e.g. sheet.png")
+    parser = argparse.ArgumentParser(
+        description="Write scenes to a folder as any other data set: train.jsonl, images/."
+    )
+    parser.add_argument("--out", required=True, help="folder to write")
     parser.add_argument("--split", default="train", choices=tuple(DEFAULT_SIZES), help="default: train")
-    parser.add_argument("--count", type=int, default=24, help="number of examples (default: 24)")
+    parser.add_argument("--count", type=int, default=1000, help="number of examples (default: 1000)")
     arguments = parser.parse_args()
-    contact_sheet(Scenes(arguments.split, arguments.count), arguments.count).save(arguments.out)
-    print(f"{arguments.count} examples of scenes:{arguments.split} -> {arguments.out}")
+    write_scenes(Scenes(arguments.split, arguments.count), Path(arguments.out))
+    print(f"{arguments.count} examples of scenes:{arguments.split} -> {Path(arguments.out) / 'train.jsonl'}")
 
 
 if __name__ == "__main__":

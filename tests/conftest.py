@@ -9,19 +9,11 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import datasets
 import pytest
+import tiny_models
 import torch
 from hypothesis import settings
 from PIL import Image
-from transformers import (
-    AutoProcessor,
-    Qwen2_5_VLConfig,
-    Qwen2_5_VLForConditionalGeneration,
-    Qwen2_5_VLProcessor,
-    Qwen2VLImageProcessor,
-    Qwen2VLVideoProcessor,
-)
 
-from config import EMBEDDED_POLICY
 from data.scenes import Scenes
 from prompts import encode_prompt
 from vlm import load_policy
@@ -40,70 +32,38 @@ def randomize_adapter(model, seed: int = 0, scale: float = 0.02):
     return model
 
 
-def build_qwen2_5_vl(folder):
-    """A random Qwen2.5-VL with the embedded policy's tokenizer and chat template, saved to a folder."""
-    qwen3 = AutoProcessor.from_pretrained(EMBEDDED_POLICY)
-    tokenizer = qwen3.tokenizer
-    size = {"shortest_edge": 28 * 28, "longest_edge": 28 * 28 * 200}
-    processor = Qwen2_5_VLProcessor(
-        image_processor=Qwen2VLImageProcessor(patch_size=14, merge_size=2, size=size),
-        tokenizer=tokenizer,
-        video_processor=Qwen2VLVideoProcessor(patch_size=14, merge_size=2),
-        chat_template=qwen3.chat_template,
-    )
-    id_of = tokenizer.convert_tokens_to_ids
-    config = Qwen2_5_VLConfig(
-        text_config={
-            "vocab_size": len(tokenizer),
-            "hidden_size": 64,
-            "intermediate_size": 96,
-            "num_hidden_layers": 3,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "max_position_embeddings": 1024,
-            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]},
-            "bos_token_id": None,
-            "eos_token_id": tokenizer.eos_token_id,
-        },
-        vision_config={
-            "depth": 2,
-            "hidden_size": 32,
-            "intermediate_size": 48,
-            "num_heads": 2,
-            "out_hidden_size": 64,
-            "patch_size": 14,
-            "spatial_merge_size": 2,
-            "window_size": 56,
-            "fullatt_block_indexes": [1],
-        },
-        image_token_id=id_of("<|image_pad|>"),
-        video_token_id=id_of("<|video_pad|>"),
-        vision_start_token_id=id_of("<|vision_start|>"),
-        vision_end_token_id=id_of("<|vision_end|>"),
-        initializer_range=0.1,
-    )
-    torch.manual_seed(0)
-    model = Qwen2_5_VLForConditionalGeneration(config)
-    model.generation_config.eos_token_id = tokenizer.eos_token_id
-    model.save_pretrained(folder)
-    processor.save_pretrained(folder)
-    return str(folder)
+FAMILIES = ("qwen3_vl", "qwen2_5_vl", "internvl", "smolvlm", "qwen3_5")
+PACKED = FAMILIES[:4]  # Qwen3.5 has linear attention
+LAYOUTS = [(family, "padded") for family in FAMILIES] + [(family, "packed") for family in PACKED]
+
+
+class _Lazy(dict):
+    """A dict that makes what is missing, once."""
+
+    def __init__(self, make):
+        self.make = make
+
+    def __missing__(self, key):
+        self[key] = self.make(key)
+        return self[key]
 
 
 @pytest.fixture(scope="session")
 def model_folders(tmp_path_factory) -> dict[str, str]:
     """A loadable folder for every model family."""
-    return {"qwen3_vl": EMBEDDED_POLICY, "qwen2_5_vl": build_qwen2_5_vl(tmp_path_factory.mktemp("qwen2_5_vl"))}
+    return _Lazy(lambda family: tiny_models.build(family, tmp_path_factory.mktemp(family)))
 
 
 @pytest.fixture(scope="session")
 def policies(model_folders):
     """(model, processor) by family, with a LoRA adapter that is not the identity. Shared: leave it as it is."""
-    loaded = {}
-    for family, folder in model_folders.items():
-        model, processor = load_policy(folder, lora_rank=4, dtype="float32")
-        loaded[family] = randomize_adapter(model), processor
-    return loaded
+
+    def load(family):
+        torch.manual_seed(0)  # of LoRA's own random half
+        model, processor = load_policy(model_folders[family], lora_rank=4, dtype="float32")
+        return randomize_adapter(model), processor
+
+    return _Lazy(load)
 
 
 @pytest.fixture(scope="session")

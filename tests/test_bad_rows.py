@@ -2,15 +2,24 @@
 
 import json
 import re
+import shutil
+import struct
+import zlib
+from pathlib import Path
 
 import datasets
 import pytest
-from conftest import BOX_LISTS, GOOD, two, without, write_jsonl
+from conftest import BOX_LISTS, GOOD, HEIGHT, WIDTH, two, without, write_jsonl
+from PIL import Image
 
+import train_rl
 from data.examples import DataError, load_examples
+from data.regions import fit_box
+from train_rl import Config
 
 # ---------------------------------------------------------------------------------------------------- bad rows
 
+FLAT = [1, 2, 9, 2, 9, 9]  # a good polygon
 BAD_ROWS = [
     # what is wrong, the row, words that the message must hold
     ("missing picture", GOOD | {"image": "gone.png"}, ["gone.png", "no such file", "correct the path"]),
@@ -33,12 +42,19 @@ BAD_ROWS = [
     ("answer is true", GOOD | {"answer": True}, ["answer is True", "text"]),
     ("answer is not a number", GOOD | {"answer": float("nan")}, ["answer is nan"]),
     ("answer is a list", GOOD | {"answer": ["red"]}, ["answer is ['red']", "text"]),
-    ("boxes missing", without("boxes"), ["boxes is empty or missing", "at least one"]),
+    ("boxes missing", without("boxes"), ["boxes is empty or missing", "at least one box, polygon or mask"]),
     ("boxes empty", GOOD | {"boxes": []}, ["boxes is empty or missing"]),
     ("boxes of two images empty", two([[], []]), ["boxes is empty or missing"]),
+    ("polygons and mask empty", without("boxes") | {"polygons": [[]], "mask": ""}, ["boxes is empty or missing"]),
+    ("regions of two images null", two([None, []], polygons=[None, []], masks=[None, []]), ["boxes is empty or"]),
     ("boxes is a number", GOOD | {"boxes": 5}, ["boxes is 5", "[[x1, y1, x2, y2], ...]"]),
     ("boxes is text", GOOD | {"boxes": "1 2 3 4"}, ["boxes is '1 2 3 4'", "list of boxes"]),
-    ("boxes is one box", GOOD | {"boxes": [1, 2, 3, 4]}, ["box 1 ", "four", "[[x1, y1, x2, y2], ...]"]),
+    ("boxes is three numbers", GOOD | {"boxes": [1, 2, 3]}, ["box 1 ", "four", "[[x1, y1, x2, y2], ...]"]),
+    ("boxes is eight numbers", GOOD | {"boxes": [1, 2, 3, 4, 5, 6, 7, 8]}, ["box 1 ", "four"]),
+    ("boxes is one bad box", GOOD | {"boxes": [9, 2, 3, 4]}, ["box [9, 2, 3, 4]", "x1 < x2"]),
+    ("boxes are dicts", GOOD | {"boxes": [{"x": 1, "y": 2, "w": 3, "h": 4}]}, ["box {'x': 1", "four finite numbers"]),
+    ("one box for two images", two([1, 2, 3, 4]), ["boxes is [1, 2, 3, 4]", "for each image"]),
+    ("number beyond floats", GOOD | {"boxes": [[0, 0, 10**400, 9]]}, ["box [0, 0, 1000", "outside", "40 x 30"]),
     ("three numbers", GOOD | {"boxes": [[1, 2, 3]]}, ["box [1, 2, 3]", "four"]),
     ("five numbers", GOOD | {"boxes": [[1, 2, 3, 4, 5]]}, ["box [1, 2, 3, 4, 5]", "four"]),
     ("number as text", GOOD | {"boxes": [[1, 2, 3, "4"]]}, ["box [1, 2, 3, '4']", "numbers"]),
@@ -49,8 +65,14 @@ BAD_ROWS = [
     ("second box is bad", GOOD | {"boxes": [[1, 2, 3, 4], [1, 2]]}, ["box [1, 2]", "four"]),
     ("x2 = x1", GOOD | {"boxes": [[5, 2, 5, 9]]}, ["box [5, 2, 5, 9]", "x1 < x2"]),
     ("y2 < y1", GOOD | {"boxes": [[5, 9, 8, 2]]}, ["box [5, 9, 8, 2]", "y1 < y2"]),
-    ("x, y, w, h", GOOD | {"boxes": [[20, 15, 8, 8]]}, ["[20, 15, 8, 8]", "not [x, y, w, h]"]),
-    ("fractions", GOOD | {"boxes": [[0.1, 0.2, 0.5, 1]]}, ["fractions", "multiply", "40 x 30"]),
+    ("x, y, w, h", GOOD | {"boxes": [[20, 15, 8, 8]]}, ["[20, 15, 8, 8]", "not [x, y, w, h]", "--box_format xywh"]),
+    ("x, y, w, h beyond", GOOD | {"boxes": [[9, 5, 31, 25], [9, 25, 31, 35]]}, ["[9, 25, 31, 35]", "outside"]),
+    (
+        "of 0 to 1000",
+        GOOD | {"boxes": [[200, 100, 900, 500]]},
+        ["outside", "in --box_format xyxy_1000 it would be inside"],
+    ),
+    ("fractions", GOOD | {"boxes": [[0.1, 0.2, 0.5, 1]]}, ["fractions", "40 x 30", "--box_format xyxy_normalized"]),
     ("right of the picture", GOOD | {"boxes": [[5, 5, 42, 9]]}, ["outside", "[5, 5, 42, 9]", "40 x 30", "original"]),
     ("below the picture", GOOD | {"boxes": [[5, 5, 9, 31.5]]}, ["outside", "40 x 30"]),
     ("left of the picture", GOOD | {"boxes": [[-1.5, 5, 9, 9]]}, ["outside", "40 x 30"]),
@@ -67,14 +89,104 @@ BAD_ROWS = [
     ("choices empty", GOOD | {"choices": []}, ["choices is []", "leave it out"]),
     ("answer not a choice", GOOD | {"choices": ["blue", "green"]}, ["'red'", "['blue', 'green']", "letter"]),
     ("letter past the choices", GOOD | {"answer": "C", "choices": ["blue", "green"]}, ["'C'", "letter"]),
+    ("too many choices", GOOD | {"choices": ["red"] * 27}, ["choices has 27", "at most 26"]),
+    (
+        "half a character",
+        '{"image": "a.png", "question": "\\ud83d?", "answer": "red"}',
+        ["\\ud83d", "half of a character"],
+    ),
+    ("half a character in the id", GOOD | {"id": "\ud83d"}, ["\\ud83d", "half of a character"]),
+    ("picture is empty", GOOD | {"image": "zero.png"}, ["zero.png", "cannot be read", "replace"]),
+    ("PNG is cut off", GOOD | {"image": "cut.png"}, ["cut.png", "cannot be read", "replace"]),
+    ("GIF is cut off", GOOD | {"image": "cut.gif"}, ["cut.gif", "cannot be read", "replace"]),
+    ("PNG is damaged", GOOD | {"image": "damaged.png"}, ["damaged.png", "cannot be read", "replace"]),
+    ("picture is a web page", GOOD | {"image": "page.jpg"}, ["page.jpg", "cannot be read"]),
+    ("picture is a drawing", GOOD | {"image": "drawing.svg"}, ["drawing.svg", "cannot identify"]),
+    ("picture is a bomb", GOOD | {"image": "bomb.png"}, ["bomb.png", "400000000 pixels", "178956970", "shrink"]),
+    ("picture is too long", GOOD | {"image": "long.png"}, ["500 x 2 pixels", "200 times", "crop"]),
+    ("picture has floats", GOOD | {"image": "float.tif"}, ["float.tif", "floating-point", "8 or 16 bits"]),
+    ("picture is an address", GOOD | {"image": "https://a.org/b.png"}, ["https://a.org/b.png", "save it as"]),
+    (
+        "picture in the row",
+        GOOD | {"image": "data:image/png;base64,iVBORw0KGgo" + "A" * 9000},
+        ["data:image", "save it as"],
+    ),
+    ("picture is base64", GOOD | {"image": "iVBORw0KGgo" + "A" * 9000}, ["iVBORw0KGgo", "cannot be read"]),
+    ("path with a zero", GOOD | {"image": "a.png\0"}, ["a.png", "cannot be read"]),
+    ("path of Windows", GOOD | {"image": "images\\a.png"}, ["images", "no such file"]),
+    ("second picture is missing", two(BOX_LISTS, images=["a.png", "gone.png"]), ["gone.png", "no such file"]),
+    ("polygons is text", GOOD | {"polygons": "1 2 3"}, ["polygons is '1 2 3'", "list of polygons"]),
+    ("polygons is a run-length code", GOOD | {"polygons": {"size": [30, 40], "counts": "a0"}}, ["run-length", "mask"]),
+    ("polygon is a number", GOOD | {"polygons": [5, [1, 2, 3, 4, 5, 6]]}, ["polygon 5", "[x, y]"]),
+    ("polygon is a run-length code", GOOD | {"polygons": [{"counts": "a0"}]}, ["polygon", "counts", "[x, y]"]),
+    (
+        "polygon of two points",
+        GOOD | {"polygons": [[[1, 2], [3, 4]]]},
+        ["[[1, 2], [3, 4]]", "2 points", "three or more"],
+    ),
+    ("polygon is a box", GOOD | {"polygons": [[1, 2, 30, 20]]}, ["2 points", "a box goes to boxes"]),
+    ("polygon of seven numbers", GOOD | {"polygons": [[1, 2, 3, 4, 5, 6, 7]]}, ["7 numbers", "pairs"]),
+    ("point of three numbers", GOOD | {"polygons": [[[1, 2, 0], [9, 2, 0], [9, 9, 0]], FLAT]}, ["[1, 2, 0]", "pairs"]),
+    ("point with text", GOOD | {"polygons": [[[1, 2], [9, "2"], [9, 9]]]}, ["'2'", "finite numbers"]),
+    ("point with NaN", GOOD | {"polygons": [[1, 2, 9, 2, 9, float("nan")]]}, ["nan", "finite numbers"]),
+    ("point is null", GOOD | {"polygons": [[[1, 2], None, [9, 9], [5, 5]]]}, ["None", "pairs"]),
+    ("point outside", GOOD | {"polygons": [FLAT, [[1, 2], [50, 2], [9, 9]]]}, ["[50, 2]", "outside", "40 x 30"]),
+    ("point beyond floats", GOOD | {"polygons": [[1, 2, 9, 2, 9, 10**400]]}, ["outside", "40 x 30"]),
+    ("polygon of fractions", GOOD | {"polygons": [[0.1, 0.1, 0.5, 0.1, 0.5, 0.9]]}, ["fractions", "xyxy_normalized"]),
+    ("polygon without area", GOOD | {"polygons": [[1, 1, 5, 5, 9, 9, 3, 3]]}, ["no area", "around the region"]),
+    ("polygon in the tolerance", GOOD | {"polygons": [[40, 5, 41, 5, 41, 9]]}, ["no area", "40 x 30"]),
+    ("polygons for one of two", two(BOX_LISTS, polygons=[[FLAT]]), ["polygons has 1 lists", "2 images"]),
+    ("polygons of an image is text", two(BOX_LISTS, polygons=[[FLAT], "x"]), ["'x'", "list of polygons"]),
+    ("mask is missing", GOOD | {"mask": "gone.png"}, ["mask", "gone.png", "no such file", "correct the path"]),
+    ("mask is text", GOOD | {"mask": "fake.png"}, ["mask", "fake.png", "cannot be read"]),
+    ("mask is cut off", GOOD | {"mask": "cut.png"}, ["mask", "cut.png", "cannot be read"]),
+    ("mask of another size", GOOD | {"mask": "b.png"}, ["mask", "b.png", "20 x 50", "40 x 30", "as a viewer shows it"]),
+    ("mask is black", GOOD | {"mask": "black.png"}, ["mask", "black.png", "black all over", "white"]),
+    ("mask is its black picture", GOOD | {"image": "black.png", "mask": "black.png"}, ["mask", "black all over"]),
+    ("mask is a JPEG", GOOD | {"mask": "whole.jpg"}, ["mask", "whole.jpg", "JPEG", "PNG"]),
+    ("mask is a number", GOOD | {"mask": 7}, ["mask 7", "path"]),
+    ("mask is a list", GOOD | {"mask": ["black.png"]}, ["mask ['black.png']", "path"]),
+    ("mask and masks", GOOD | {"mask": "a.png", "masks": ["a.png"]}, ["mask and masks", "either"]),
+    ("mask for two images", two(BOX_LISTS, mask="a.png"), ["mask", "2 images", "masks"]),
+    ("masks is a path", GOOD | {"masks": "a.png"}, ["masks is 'a.png'", "call it mask"]),
+    ("masks for one of two", two(BOX_LISTS, masks=["a.png"]), ["masks has 1 entries", "2 images"]),
+    ("second mask of another size", two(BOX_LISTS, masks=[None, "a.png"]), ["mask", "a.png", "40 x 30", "20 x 50"]),
+    ("nothing but a number", "7", ["not a JSON object", "7"]),
+    ("nothing but null", "null", ["not a JSON object", "null"]),
+    ("nothing but text", '"a.png"', ["not a JSON object", "a.png"]),
+    ("written by Python", str(GOOD), ["not JSON", "'image'", "one JSON object per line"]),
+    ("two objects", '{"image": "a.png"} {"image": "b.png"}', ["not JSON", "one JSON object per line"]),
+    ("nested without end", "[" * 100_000, ["not JSON", "one JSON object per line"]),
+    ("digits without end", '{"image": ' + "9" * 9000 + "}", ["not JSON", "one JSON object per line"]),
     ("not JSON", '{"image": "a.png",', ["not JSON", '{"image": "a.png",', "one JSON object per line"]),
     ("a list", "[1, 2]", ["not a JSON object", "[1, 2]"]),
 ]
 
 
+def make_bad_pictures(folder: Path) -> None:
+    noise = Image.effect_noise((WIDTH, HEIGHT), 50)
+    for suffix in ("png", "gif"):
+        noise.save(folder / f"whole.{suffix}")
+        (folder / f"cut.{suffix}").write_bytes((folder / f"whole.{suffix}").read_bytes()[:-200])
+    damaged = bytearray((folder / "whole.png").read_bytes())
+    damaged[100] ^= 255
+    (folder / "damaged.png").write_bytes(damaged)
+    # The header of a PNG of 20,000 x 20,000 pixels, with a checksum.
+    header = b"IHDR" + struct.pack(">IIBBBBB", 20_000, 20_000, 8, 2, 0, 0, 0)
+    bomb = b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + header + struct.pack(">I", zlib.crc32(header))
+    (folder / "bomb.png").write_bytes(bomb + b"\0\0\0\0IDAT" + struct.pack(">I", zlib.crc32(b"IDAT")))
+    (folder / "zero.png").write_bytes(b"")
+    (folder / "page.jpg").write_text("<!DOCTYPE html><title>404 Not Found</title>")
+    (folder / "drawing.svg").write_text("<svg xmlns='http://www.w3.org/2000/svg' width='40' height='30'/>")
+    Image.new("RGB", (500, 2)).save(folder / "long.png")
+    Image.new("F", (WIDTH, HEIGHT), 0.5).save(folder / "float.tif")
+    Image.new("L", (WIDTH, HEIGHT)).save(folder / "black.png")
+
+
 @pytest.mark.parametrize(("row", "words"), [pytest.param(*case[1:], id=case[0]) for case in BAD_ROWS])
-def test_bad_row_is_named_and_can_be_skipped(folder, row, words):
-    bad = row | {"id": "odd one"} if isinstance(row, dict) else row
+def test_bad_row_is_named_and_can_be_skipped(folder, row, words, capsys):
+    make_bad_pictures(folder)
+    bad = {"id": "odd one"} | row if isinstance(row, dict) else row
     data = write_jsonl(folder, GOOD | {"id": "first"}, "", bad, GOOD)
     with pytest.raises(DataError) as raised:
         load_examples(data)
@@ -83,12 +195,50 @@ def test_bad_row_is_named_and_can_be_skipped(folder, row, words):
     assert [word for word in words if word not in line] == []
     assert len(line) < 600
     assert "1 bad and 2 good rows" in message and "--bad_rows skip" in message
-    if isinstance(row, dict):
+    if isinstance(row, dict) and "id" not in row:
         assert "(id 'odd one')" in line
 
     examples = load_examples(data, bad_rows="skip")
     assert [example["id"] for example in examples] == ["first", "train.jsonl:4"]
+    assert [example["boxes"] for example in examples] == [GOOD["boxes"]] * 2
     assert len(examples.skipped) == 1 and examples.skipped[0] == line.strip()
+    assert capsys.readouterr().err == f"train.jsonl: 1 of 3 rows skipped, first: {line.strip()}\n"
+
+
+BAD_BOXES = [
+    # what is wrong, box_format, box of a 40 x 30 picture, words that the message must hold
+    ("corners, not w and h", "xywh", [10, 10, 39, 29], ["outside", "40 x 30", "--box_format xyxy"]),
+    ("w is zero", "xywh", [10, 10, 0, 5], ["no area", "w > 0", "--box_format xyxy "]),
+    ("h is negative", "xywh_1000", [10, 10, 5, -1], ["no area", "h > 0", "--box_format xyxy_1000 "]),
+    ("x2 = x1", "xyxy_1000", [10, 10, 10, 20], ["no area", "x1 < x2", "--box_format xywh_1000"]),
+    ("y2 < y1", "xyxy_normalized", [0.1, 0.5, 0.2, 0.4], ["no area", "--box_format xywh_normalized"]),
+    ("fractions", "xywh", [0.1, 0.1, 0.5, 0.5], ["fractions", "--box_format xywh_normalized"]),
+    ("fractions", "xyxy_1000", [0.1, 0.1, 0.5, 0.5], ["fractions", "--box_format xyxy_normalized"]),
+    ("pixels", "xyxy_normalized", [1, 2, 30, 20], ["outside", "from 0 to 1;", "in --box_format xyxy or"]),
+    ("pixels", "xywh_normalized", [20, 2, 15, 20], ["outside", "from 0 to 1;", "in --box_format xywh or"]),
+    ("thousandths", "xyxy_normalized", [100, 200, 500, 900], ["outside", "in --box_format xyxy_1000 it"]),
+    ("beyond 1000", "xyxy_1000", [100, 200, 500, 1100], ["outside", "from 0 to 1000"]),
+    ("beyond floats", "xywh_1000", [10**400, 200, 0.5, 1100], ["outside", "from 0 to 1000"]),
+    ("three numbers", "xywh", [1, 2, 3], ["four finite numbers", "[[x, y, w, h], ...]"]),
+]
+
+
+@pytest.mark.parametrize(("box_format", "box", "words"), [pytest.param(*case[1:], id=case[0]) for case in BAD_BOXES])
+def test_box_of_another_format_is_named_and_can_be_skipped(folder, box_format, box, words):
+    fitting = fit_box([1, 2, 30, 20], WIDTH, HEIGHT)
+    x1, y1, x2, y2 = fitting
+    good = [x1, y1, x2 - x1, y2 - y1] if box_format.startswith("xywh") else fitting
+    unit = {"normalized": [WIDTH, HEIGHT], "1000": [WIDTH / 1000, HEIGHT / 1000]}.get(box_format[5:], [1, 1])
+    good = [number / side for number, side in zip(good, unit * 2, strict=True)]
+    data = write_jsonl(folder, GOOD | {"boxes": [good]}, GOOD | {"boxes": [good, box]})
+    with pytest.raises(DataError) as raised:
+        load_examples(data, box_format=box_format)
+    line = str(raised.value).splitlines()[1]
+    assert "train.jsonl:2" in line and str(box)[:20] in line
+    assert [word for word in words if word not in line] == []
+    examples = load_examples(data, box_format=box_format, bad_rows="skip")
+    assert len(examples) == 1 and len(examples.skipped) == 1
+    assert examples[0]["boxes"][0] == pytest.approx(fitting)
 
 
 def test_line_that_is_not_utf8(folder):
@@ -135,7 +285,19 @@ def test_no_good_row_left(folder, bad_rows):
         ("gone.parquet", ["'gone.parquet'", "no such file"]),
         ("./gone", ["'./gone'", "no such file"]),
         ("nobody/nothing", ["'nobody/nothing'", "no file or folder here", "Hub id", "valid: scenes"]),
-        ("{folder}/a.png", ["a.png", "another type", ".jsonl or .parquet"]),
+        ("{folder}/a.png", ["a.png", "another type", ".json or .parquet"]),
+        ("gone.json", ["'gone.json'", "no such file"]),
+        ("{folder}/object.json", ["object.json", "one object with the keys info, images", "list of objects"]),
+        ("{folder}/number.json", ["number.json", "holds 7", "list of objects"]),
+        ("{folder}/lines.json", ["lines.json", "not JSON", "name it .jsonl"]),
+        ("{folder}/zero.json", ["zero.json", "not JSON", "list of objects"]),
+        ("{folder}/none.json", ["none.json", "no rows"]),
+        ("{folder}/numbers.json", ["numbers.json:0: not a JSON object: 1", "numbers.json:1", "no good row"]),
+        ("{folder}/wide.jsonl", ["wide.jsonl", "UTF-16", "UTF-8"]),
+        ("{folder}/zero.jsonl", ["zero.jsonl", "no rows"]),
+        ("{folder}/zero.parquet", ["zero.parquet", "cannot be loaded"]),
+        ("{folder}/cut.parquet", ["cut.parquet", "cannot be loaded"]),
+        ("{folder}/shards", ["shards", "cannot be loaded"]),
         ("{folder}/broken.parquet", ["broken.parquet", "cannot be loaded"]),
         ("{folder}/hollow", ["hollow", "cannot be loaded"]),
         ("{folder}/empty.jsonl", ["empty.jsonl", "no rows"]),
@@ -148,6 +310,19 @@ def test_data_that_cannot_be_opened(folder, data, words, monkeypatch):
     (folder / "hollow").mkdir()
     (folder / "broken.parquet").write_text("no Parquet")
     (folder / "empty.jsonl").write_text("\n\n")
+    (folder / "object.json").write_text(json.dumps({"info": {}, "images": [GOOD]}))
+    (folder / "number.json").write_text("7")
+    (folder / "lines.json").write_text(f"{json.dumps(GOOD)}\n{json.dumps(GOOD)}\n")
+    (folder / "none.json").write_text("[]")
+    (folder / "numbers.json").write_text("[1, 2]")
+    (folder / "wide.jsonl").write_text(json.dumps(GOOD), encoding="utf-16")
+    for name in ("zero.json", "zero.jsonl", "zero.parquet"):
+        (folder / name).write_bytes(b"")
+    datasets.Dataset.from_list([GOOD]).to_parquet(folder / "cut.parquet")
+    (folder / "shards").mkdir()
+    shutil.copy(folder / "cut.parquet", folder / "shards" / "0.parquet")
+    (folder / "cut.parquet").write_bytes((folder / "cut.parquet").read_bytes()[:-50])
+    shutil.copy(folder / "cut.parquet", folder / "shards" / "1.parquet")
     datasets.Dataset.from_dict({"image": [], "question": []}).to_parquet(folder / "empty.parquet")
     with pytest.raises(ValueError) as raised:
         load_examples(data.format(folder=folder))
@@ -157,6 +332,7 @@ def test_data_that_cannot_be_opened(folder, data, words, monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
+        ({"box_format": "yolo"}, "box_format is 'yolo'; valid ones: xyxy, xywh, xyxy_normalized"),
         ({"bad_rows": "ignore"}, "bad_rows is 'ignore'; valid ones: error, skip"),
         ({"limit": 0}, "limit is 0; give a positive number"),
         ({"limit": -1}, "limit is -1; give a positive number"),
@@ -165,3 +341,21 @@ def test_data_that_cannot_be_opened(folder, data, words, monkeypatch):
 def test_invalid_arguments(folder, arguments, words):
     with pytest.raises(ValueError, match=re.escape(words)):
         load_examples(write_jsonl(folder, GOOD), **arguments)
+
+
+def test_the_good_rows_among_all_bad_ones_train(folder, tmp_path, capsys):
+    """The whole corpus in one file: it is skipped and counted, and the rest trains with its boxes where they were."""
+    good = [GOOD | {"id": f"good {number}", "boxes": [[number, 2, 30, 20]]} for number in range(3)]
+    bad = [
+        {"id": f"bad {number}"} | case[1] if isinstance(case[1], dict) else case[1]
+        for number, case in enumerate(BAD_ROWS)
+    ]
+    data = write_jsonl(folder, good[0], *bad[:40], good[1], *bad[40:], good[2])
+    settings = {"max_steps": 1, "groups_per_step": 3, "num_generations": 2, "max_new_tokens": 6, "report_to": "none"}
+    config = Config(data=data, bad_rows="skip", output_dir=str(tmp_path / "run"), **settings)
+    train_rl.main(config)
+    assert f"{len(bad)} of {len(bad) + 3} rows skipped" in capsys.readouterr().err
+    (metrics,) = map(json.loads, (tmp_path / "run" / "metrics.jsonl").read_text().splitlines())
+    assert metrics["grad_norm"] > 0
+    examples = load_examples(data, bad_rows="skip")
+    assert {example["id"]: example["boxes"] for example in examples} == {row["id"]: row["boxes"] for row in good}

@@ -1,16 +1,16 @@
 """The example loader: every way in gives the same examples."""
 
+import json
 import shutil
 from pathlib import Path
 
 import datasets
 import pytest
 from conftest import GOOD, HEIGHT, WIDTH, two, without, write_jsonl
-from hypothesis import given
-from hypothesis import strategies as st
 from PIL import Image
 
-from data.examples import DataError, _fit_box, load_examples, load_picture
+from data.examples import DataError, load_examples, load_picture
+from data.pictures import measure_picture
 from data.scenes import load_scenes
 
 # -------------------------------------------------------------------------------------------------- round trips
@@ -29,6 +29,11 @@ ROWS = [
 
 def as_jsonl(folder: Path) -> str:
     return write_jsonl(folder, *ROWS)
+
+
+def as_json(folder: Path) -> str:
+    (folder / "train.json").write_text(json.dumps(ROWS), encoding="utf-8")
+    return str(folder / "train.json")
 
 
 def as_dataset(folder: Path) -> datasets.Dataset:
@@ -96,6 +101,7 @@ def as_image_folder(folder: Path) -> str:
 
 FORMATS = [
     as_jsonl,
+    as_json,
     as_parquet,
     as_parquet_of_paths,
     as_parquet_of_empty_images,
@@ -131,6 +137,16 @@ def test_rows_of_a_table_are_numbered_from_zero(folder):
     as_dataset(folder).remove_columns("id").to_parquet(folder / "train.parquet")
     examples = load_examples(str(folder / "train.parquet"))
     assert [example["id"] for example in examples] == ["train.parquet:0", "train.parquet:1"]
+
+
+def test_folder_of_several_parquet_files(folder):
+    dataset = as_dataset(folder)
+    (folder / "shards").mkdir()
+    for number in range(2):
+        dataset.select([number]).to_parquet(folder / "shards" / f"part-{number}.parquet")
+    examples = load_examples(str(folder / "shards"))
+    assert [example["id"] for example in examples] == ["one", "two"]
+    assert [example["image"].size for example in examples] == [(40, 30), (20, 50)]
 
 
 def test_truncated_picture_inside_parquet(folder):
@@ -172,7 +188,7 @@ def test_two_images_in_jsonl_and_parquet(folder):
         assert "image" not in example
 
 
-@pytest.mark.parametrize("boxes", [[[1, 2, 3, 4]], [[[1, 2, 3, 4]]]], ids=["flat", "nested"])
+@pytest.mark.parametrize("boxes", [[1, 2, 3, 4], [[1, 2, 3, 4]], [[[1, 2, 3, 4]]]], ids=["one", "flat", "nested"])
 def test_images_with_one_picture_is_an_image(folder, boxes):
     example = load_examples(write_jsonl(folder, two(boxes, images=["a.png"])))[0]
     assert example["image"].size == (40, 30) and len(example["images"]) == 1
@@ -213,27 +229,6 @@ def test_id_zero_is_an_id(folder):
     assert [example["id"] for example in load_examples(data)] == ["0", "train.jsonl:2"]
 
 
-def test_box_that_rounding_pushed_out_is_clipped(folder):
-    data = write_jsonl(folder, GOOD | {"boxes": [[-1, -0.5, 41, 30.7], [3, 4, 40, 30]]})
-    assert load_examples(data)[0]["boxes"] == [[0, 0, 40, 30], [3, 4, 40, 30]]
-
-
-@given(
-    st.lists(st.one_of(st.integers(-20, 60), st.floats(), st.just(10**400)), min_size=4, max_size=4),
-    st.integers(1, 50),
-    st.integers(1, 50),
-)
-def test_a_box_is_refused_or_lies_in_its_picture(box, width, height):
-    try:
-        x1, y1, x2, y2 = _fit_box(box, width, height)
-    except DataError:
-        inside = 0 <= box[0] < box[2] <= width and 0 <= box[1] < box[3] <= height
-        assert not inside or max(box) <= 1
-    else:
-        assert 0 <= x1 < x2 <= width and 0 <= y1 < y2 <= height
-        assert max(abs(before - after) for before, after in zip(box, (x1, y1, x2, y2), strict=True)) <= 1
-
-
 # ----------------------------------------------------------------------------------- limit, laziness, sequence
 
 
@@ -247,6 +242,29 @@ def test_limit_takes_the_first_good_rows_and_checks_no_further(folder):
         load_examples(data, limit=2)
     assert len(load_examples(write_jsonl(folder, *rows[1:]), limit=2)) == 2
     assert len(load_examples(data, limit=99, bad_rows="skip")) == 3
+
+
+def test_limit_is_not_troubled_by_pictures_further_on(folder):
+    """Pictures of further rows are decoded meanwhile; what is wrong with them is nobody's business."""
+    rows = [GOOD, *[GOOD | {"image": name} for name in ("cut.jpg", "gone.png", "fake.png")] * 20]
+    assert load_examples(write_jsonl(folder, *rows), limit=1).skipped == []
+
+
+def test_bad_rows_are_listed_in_their_order(folder):
+    """Whatever order threads finish in: large pictures in front, what costs nothing behind them."""
+    Image.effect_noise((1500, 1500), 90).save(folder / "large.png")
+    (folder / "cut.png").write_bytes((folder / "large.png").read_bytes()[:-200])
+    rows = [
+        GOOD | {"image": "cut.png"},
+        without("answer"),
+        GOOD | {"image": "gone.png"},
+        GOOD,
+        GOOD | {"boxes": []},
+    ] * 9
+    examples = load_examples(write_jsonl(folder, *rows), bad_rows="skip")
+    words = ["cut.png", "answer is None", "gone.png", "boxes is empty"] * 9
+    assert [word in message for word, message in zip(words, examples.skipped, strict=True)] == [True] * 36
+    assert [example["id"] for example in examples] == [f"train.jsonl:{number}" for number in range(4, 46, 5)]
 
 
 def test_sequence(folder):
@@ -275,15 +293,18 @@ def test_pictures_are_decoded_when_asked_for(folder, write, monkeypatch):
 @pytest.mark.parametrize("encoded", [False, True], ids=["paths", "bytes"])
 def test_each_distinct_picture_is_decoded_once(folder, encoded, monkeypatch):
     decoded = []
-    monkeypatch.setattr("data.examples.load_picture", lambda image: decoded.append(image) or load_picture(image))
+    measure = "data.row_checks.measure_picture"
+    monkeypatch.setattr(measure, lambda image: decoded.append(image) or measure_picture(image))
+    names = ("a.png", "whole.jpg", "a.png", "cut.jpg", "cut.jpg")
     if encoded:
-        pictures = [{"bytes": (folder / name).read_bytes(), "path": name} for name in ("a.png", "whole.jpg", "a.png")]
+        pictures = [{"bytes": (folder / name).read_bytes(), "path": name} for name in names]
         data = str(folder / "train.parquet")
         datasets.Dataset.from_list([GOOD | {"image": picture} for picture in pictures]).to_parquet(data)
     else:
-        data = write_jsonl(folder, *[GOOD | {"image": name} for name in ("a.png", "whole.jpg", "a.png")])
-    assert len(load_examples(data)) == 3
-    assert len(decoded) == 2
+        data = write_jsonl(folder, *[GOOD | {"image": name} for name in names])
+    examples = load_examples(data, bad_rows="skip")
+    assert len(examples) == 3 and len(decoded) == 3
+    assert ["truncated" in message for message in examples.skipped] == [True, True]
 
 
 # ------------------------------------------------------------------------------------------------------- scenes

@@ -2,12 +2,20 @@
 
 import io
 import json
+import struct
+import subprocess
+import sys
+import zlib
 
+import numpy as np
 import pytest
 from conftest import GOOD, HEIGHT, WIDTH, write_jsonl
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 
 from data.examples import DataError, load_examples, load_picture
+from data.pictures import MAX_PIXELS, measure_picture, picture_size
 
 # ----------------------------------------------------------------------------------------------------- pictures
 
@@ -25,17 +33,41 @@ def encode(picture: Image.Image, kind: str, **options) -> bytes:
     return file.getvalue()
 
 
-def test_exif_rotation_decides_size_and_boxes(folder):
+# What a viewer does with the stored picture, as NumPy says it; rows come first.
+VIEWERS = {
+    1: lambda stored: stored,
+    2: lambda stored: stored[:, ::-1],
+    3: lambda stored: stored[::-1, ::-1],
+    4: lambda stored: stored[::-1],
+    5: lambda stored: stored.swapaxes(0, 1),
+    6: lambda stored: np.rot90(stored, -1),
+    7: lambda stored: stored[::-1, ::-1].swapaxes(0, 1),
+    8: lambda stored: np.rot90(stored),
+}
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "TIFF", "WEBP"])
+@pytest.mark.parametrize("orientation", VIEWERS)
+def test_every_orientation_is_shown_as_a_viewer_does(folder, orientation, kind):
     exif = Image.Exif()
-    exif[0x0112] = 6  # stored turned left; a viewer turns it right, so the stored top left is shown at the top right
-    (folder / "turned.jpg").write_bytes(encode(corner_picture(), "JPEG", exif=exif))
-    row = GOOD | {"image": "turned.jpg", "boxes": [[20, 0, 30, 10], [0, 0, 30, 40]]}
-    example = load_examples(write_jsonl(folder, row))[0]
-    assert example["image"].size == (HEIGHT, WIDTH)
-    assert min(example["image"].getpixel((25, 4))) > 200
-    assert max(example["image"].getpixel((4, 4))) < 50
-    with pytest.raises(DataError, match="30 x 40"):
-        load_examples(write_jsonl(folder, row | {"boxes": [[0, 0, 40, 30]]}))
+    exif[0x0112] = orientation
+    (folder / "turned").write_bytes(encode(corner_picture(), kind, exif=exif))
+    shown = VIEWERS[orientation](np.asarray(corner_picture()))  # (height, width, 3)
+    rows, columns = shown[..., 0].any(1).nonzero()[0], shown[..., 0].any(0).nonzero()[0]
+    box = [columns[0].item(), rows[0].item(), columns[-1].item() + 1, rows[-1].item() + 1]
+    height, width = shown.shape[:2]
+    Image.fromarray(shown).save(folder / "mask.png")
+    corner_picture().save(folder / "turned.png", exif=exif)
+    row = GOOD | {"image": "turned", "boxes": [box, [0, 0, width, height]]}
+    example, turned = load_examples(write_jsonl(folder, row | {"mask": "mask.png"}, row | {"mask": "turned.png"}))
+    assert np.array_equal(np.asarray(turned["masks"][0]), shown[..., 0])
+    assert example["image"].size == (width, height)
+    assert np.abs(np.asarray(example["image"], dtype=int) - shown).max() < 100
+    inside = np.asarray(example["image"].crop(box))
+    assert inside.mean() > 250 and np.asarray(example["image"], dtype=int).sum() < 1.05 * inside.sum()
+    assert np.array_equal(np.asarray(example["masks"][0]), shown[..., 0])
+    with pytest.raises(DataError, match=f"{width} x {height}"):
+        load_examples(write_jsonl(folder, row | {"boxes": [[0, 0, height, width]]}))
 
 
 def palette_with_transparency() -> bytes:
@@ -65,6 +97,11 @@ def gray_16_bit(kind: str) -> bytes:
     return encode(picture, kind)
 
 
+def animated(kind: str) -> bytes:
+    frames = [Image.new("RGB", (4, 4), color) for color in ("lime", "blue")]
+    return encode(frames[0], kind, save_all=True, append_images=frames[1:])
+
+
 PICTURES = [
     # kind, encoded picture, RGB of the pixels (0, 0), (1, 0), (2, 0) and how far off they may be
     ("palette", palette_with_transparency(), [(255, 255, 255), (200, 0, 0), (255, 255, 255)], 0),
@@ -76,6 +113,15 @@ PICTURES = [
     ("1 bit", encode(Image.new("1", (4, 4), 1), "PNG"), [(255, 255, 255)] * 3, 0),
     ("CMYK", encode(Image.new("CMYK", (4, 4), (0, 255, 255, 0)), "JPEG"), [(255, 0, 0)] * 3, 4),
     ("GIF", encode(Image.new("RGB", (4, 4), "lime"), "GIF"), [(0, 255, 0)] * 3, 0),
+    ("animated GIF", animated("GIF"), [(0, 255, 0)] * 3, 0),
+    ("animated PNG", animated("PNG"), [(0, 255, 0)] * 3, 0),
+    ("animated WebP", animated("WEBP"), [(0, 255, 0)] * 3, 4),
+    ("WebP", encode(Image.new("RGB", (4, 4), "red"), "WEBP", lossless=True), [(255, 0, 0)] * 3, 0),
+    ("progressive JPEG", encode(Image.new("RGB", (4, 4), "red"), "JPEG", progressive=True), [(255, 0, 0)] * 3, 4),
+    ("gray JPEG", encode(Image.new("L", (4, 4), 77), "JPEG"), [(77, 77, 77)] * 3, 1),
+    ("CMYK TIFF", encode(Image.new("CMYK", (4, 4), (0, 255, 255, 0)), "TIFF"), [(255, 0, 0)] * 3, 0),
+    ("LAB TIFF", encode(Image.new("LAB", (4, 4), (255, 128, 128)), "TIFF"), [(255, 255, 255)] * 3, 2),
+    ("BMP", encode(Image.new("RGB", (4, 4), "red"), "BMP"), [(255, 0, 0)] * 3, 0),
 ]
 
 
@@ -89,6 +135,7 @@ def test_every_kind_of_picture_becomes_rgb(tmp_path, encoded, colors, tolerance)
         seen = [picture.getpixel((x, 0)) for x in range(3)]
         off = [abs(a - b) for pixel, color in zip(seen, colors, strict=True) for a, b in zip(pixel, color, strict=True)]
         assert max(off) <= tolerance, seen
+        assert measure_picture(source) == picture.size == (4, 4)
 
 
 def test_decoded_picture_is_copied_not_changed():
@@ -123,12 +170,82 @@ def test_relative_path_counts_from_the_working_directory(folder, monkeypatch):
         ("", ["picture ''", "path"]),
         (None, ["picture None", "path"]),
         (Image.new("F", (4, 4)), ["floating-point", "8 or 16 bits"]),
+        (encode(Image.new("F", (4, 4), 0.5), "TIFF"), ["floating-point", "8 or 16 bits"]),
     ],
 )
 def test_picture_that_cannot_be_loaded(image, words):
     with pytest.raises(DataError) as raised:
         load_picture(image)
     assert [word for word in words if word not in str(raised.value)] == []
+
+
+FILES = {
+    "JPEG": encode(Image.effect_noise((161, 83), 90), "JPEG"),
+    "progressive JPEG": encode(Image.effect_noise((161, 83), 90).convert("RGB"), "JPEG", progressive=True),
+    "PNG": encode(Image.effect_noise((40, 30), 90), "PNG"),
+    "GIF": encode(Image.effect_noise((40, 30), 90), "GIF"),
+    "WebP": encode(Image.effect_noise((40, 30), 90).convert("RGB"), "WEBP"),
+    "TIFF": encode(Image.effect_noise((40, 30), 90), "TIFF", compression="tiff_lzw"),
+}
+
+
+def verdict(read, file: bytes) -> str:
+    try:
+        read(file)
+    except DataError as error:
+        return str(error)
+    return "good"
+
+
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
+@given(st.sampled_from(list(FILES)), st.floats(0, 1))
+def test_measuring_finds_the_truncated_files_that_loading_does(kind, share):
+    file = FILES[kind][: 1 + int(share * (len(FILES[kind]) - 1))]
+    assert verdict(measure_picture, file) == verdict(load_picture, file)
+    if share < 0.9:
+        assert verdict(measure_picture, file) != "good"
+
+
+@given(st.sampled_from(list(FILES)), st.lists(st.tuples(st.integers(0, 10**6), st.integers(0, 255)), max_size=5))
+def test_measuring_finds_the_damaged_files_that_loading_does(kind, changes):
+    file = bytearray(FILES[kind])
+    for place, byte in changes:
+        file[place % len(file)] = byte
+    read = {"measured": verdict(measure_picture, bytes(file)), "loaded": verdict(load_picture, bytes(file))}
+    assert (read["measured"] == "good") <= (read["loaded"] == "good"), read
+
+
+def png(width: int, height: int, rows: int) -> bytes:
+    """A 1-bit PNG of any size, all black, that holds only so many of its rows; nothing of that size is in memory."""
+    packer, row = zlib.compressobj(), bytes(1 + (width + 7) // 8)
+    pixels = b"".join([*(packer.compress(row) for _ in range(rows)), packer.flush()])
+    header = struct.pack(">IIBBBBB", width, height, 1, 0, 0, 0, 0)
+    chunks = [(b"IHDR", header), (b"IDAT", pixels), (b"IEND", b"")]
+    parts = [
+        struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body)) for name, body in chunks
+    ]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
+
+
+def test_large_pictures_are_read_up_to_the_limit():
+    width = int(MAX_PIXELS**0.5)
+    assert measure_picture(png(width, width, width)) == (width, width)
+
+
+@pytest.mark.parametrize("side", [13_500, 60_000])
+def test_decompression_bomb_is_one_clear_error(tmp_path, side):
+    """In a process of its own: pytest has its own filters of warnings."""
+    (tmp_path / "bomb.png").write_bytes(png(side, side, 1))
+    for read in ("load_picture", "measure_picture"):
+        code = (
+            f"from data.pictures import DataError, {read} as read\n"
+            f"try: read({str(tmp_path / 'bomb.png')!r})\n"
+            "except DataError as error: print(error)"
+        )
+        run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        assert run.stderr == ""
+        for words in ("bomb.png' is too large", str(side**2), str(MAX_PIXELS), "shrink"):
+            assert words in run.stdout, run.stdout
 
 
 def test_a_picture_that_no_processor_takes_is_named(tmp_path):
@@ -138,3 +255,12 @@ def test_a_picture_that_no_processor_takes_is_named(tmp_path):
     (tmp_path / "rows.jsonl").write_text(json.dumps(row))
     with pytest.raises(DataError, match="1000 x 3 pixels.*200"):
         load_examples(str(tmp_path / "rows.jsonl"))
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "TIFF", "WEBP"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_the_header_gives_the_size_of_the_turned_picture(kind, orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    file = encode(Image.new("RGB", (30, 20)), kind, exif=exif)
+    assert picture_size(file) == measure_picture(file) == load_picture(file).size

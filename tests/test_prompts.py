@@ -7,7 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from prompts import encode_prompt, max_image_tokens, prompt_text, question_text, region_coverage, set_max_pixels
+from families import PatchRows
+from prompts import encode_prompt, prompt_text, question_text, region_coverage
 from vlm import load_policy
 
 CELL = {"qwen3_vl": 32, "qwen2_5_vl": 28}
@@ -105,15 +106,15 @@ def test_fewer_pixels_make_fewer_tokens_and_the_region_follows(model_folders):
     _, processor = load_policy(model_folders["qwen3_vl"], lora_rank=0)
     picture, boxes = blank(320, 320), [[0, 0, 160, 320]]
     full = region_coverage(processor, [picture], boxes)
-    set_max_pixels(processor, 160 * 160)
+    PatchRows.set_max_pixels(processor, 160 * 160)
     small = region_coverage(processor, [picture], boxes)
-    assert len(full) == 100 and len(small) == 25 == max_image_tokens(processor)
+    assert len(full) == 100 and len(small) == 25 <= PatchRows.max_image_tokens(processor)
     assert small.view(5, 5).mean(0).tolist() == pytest.approx([1, 1, 0.5, 0, 0], abs=0.06)
 
 
 def test_a_box_that_vanishes_when_a_huge_picture_is_shrunk_keeps_its_place(model_folders):
     _, processor = load_policy(model_folders["qwen3_vl"], lora_rank=0)
-    set_max_pixels(processor, 128 * 128)
+    PatchRows.set_max_pixels(processor, 128 * 128)
     coverage = region_coverage(processor, [blank(2000, 2000)], [[1500, 300, 1501, 301]]).view(4, 4)
     assert 0 < coverage.sum() <= 1 and coverage[:2, 2:].sum() == coverage.sum()
 

@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+from conftest import FAMILIES
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -13,11 +14,19 @@ import rollout
 from config import ConfigError
 from data.examples import DataError, load_examples
 from prompts import base_model, encode_prompt
-from rollout import RolloutConfig, check_prompts, choose_tokens, group_generator, sample_group, sample_groups
+from rollout import (
+    RolloutConfig,
+    check_prompts,
+    choose_tokens,
+    group_generator,
+    max_positions,
+    sample_group,
+    sample_groups,
+)
 from vlm import eos_token_ids, load_policy, suppressed_token_ids
 
 
-@pytest.mark.parametrize("family", ["qwen3_vl", "qwen2_5_vl"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_greedy_packed_sampling_equals_generate(model_folders, examples, family):
     model, processor = load_policy(model_folders[family], lora_rank=0)
     groups = sample_groups(model, processor, examples[:6], num_generations=2, max_new_tokens=40, temperature=0)
@@ -155,11 +164,15 @@ def test_too_long_prompts_are_all_found_before_work_starts(policy, examples, tmp
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     data = load_examples(str(tmp_path / "rows.jsonl"), require_boxes=False)
     with pytest.raises(DataError) as error:
-        check_prompts(*policy, data, None, 16)
+        check_prompts(max_positions(policy[0]), policy[1], data, None, 16)
     assert "rows.jsonl:2" in str(error.value) and "rows.jsonl:4" in str(error.value)
     assert "rows.jsonl:1'" not in str(error.value) and "rows.jsonl:3" not in str(error.value)
     check_prompts(
-        *policy, data[:1] and load_examples(str(tmp_path / "rows.jsonl"), limit=1, require_boxes=False), None, 16
+        max_positions(policy[0]),
+        policy[1],
+        data[:1] and load_examples(str(tmp_path / "rows.jsonl"), limit=1, require_boxes=False),
+        None,
+        16,
     )
 
 
@@ -198,8 +211,8 @@ def test_placeholders_are_found_before_work_starts(policy, examples, tmp_path, f
     data = load_examples(str(tmp_path / folder / "rows.jsonl"), require_boxes=False)
     data.name = f"{folder}/rows.jsonl"
     with pytest.raises(DataError, match=r"rows\.jsonl:2.*<\|image_pad\|>"):
-        check_prompts(*policy, data, None, 16)
+        check_prompts(max_positions(policy[0]), policy[1], data, None, 16)
     with pytest.raises(DataError, match="system_prompt"):
-        check_prompts(*policy, data, "Look at <|image_pad|>.", 16)
+        check_prompts(max_positions(policy[0]), policy[1], data, "Look at <|image_pad|>.", 16)
     with pytest.raises(DataError, match="max_new_tokens=100000"):
-        check_prompts(*policy, load_examples("scenes"), None, 100_000)
+        check_prompts(max_positions(policy[0]), policy[1], load_examples("scenes"), None, 100_000)

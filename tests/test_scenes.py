@@ -8,8 +8,9 @@ from collections import Counter, defaultdict
 import pytest
 from PIL import Image, ImageChops
 
+from data.examples import load_examples
 from data.scene_questions import KINDS, NEW_KINDS
-from data.scenes import COLORS, DEFAULT_SIZES, HELD_OUT, MAX_TARGET_SHARE, Scenes, contact_sheet, load_scenes
+from data.scenes import COLORS, DEFAULT_SIZES, HELD_OUT, MAX_TARGET_SHARE, Scenes, load_scenes, write_scenes
 
 SPLITS = tuple(DEFAULT_SIZES)
 CELL = 32  # pixels, side of a visual token of Qwen3-VL
@@ -247,6 +248,11 @@ def test_indices_behave_like_those_of_a_list():
         Scenes("train", -1)
 
 
-def test_contact_sheet_has_room_for_every_example():
-    sheet = contact_sheet(Scenes("heldout", 7), 7, columns=3)
-    assert sheet.size == (3 * 232, 3 * 290)
+def test_written_scenes_are_a_data_set_like_any_other(tmp_path):
+    write_scenes(Scenes("heldout", 3), tmp_path / "out")
+    written = load_examples(str(tmp_path / "out" / "train.jsonl"))
+    for example, scene in zip(written, Scenes("heldout", 3), strict=True):
+        assert example["image"].tobytes() == scene["image"].tobytes()
+        assert [example[name] for name in ("id", "question", "answer", "boxes", "kind")] == [
+            scene[name] for name in ("id", "question", "answer", "boxes", "kind")
+        ]

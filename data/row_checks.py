@@ -1,0 +1,206 @@
+"""Rows become examples or are found to be bad: what shows in a row alone, and what only its pictures show."""
+
+import hashlib
+import os
+import re
+import string
+from array import array
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+from tqdm import tqdm
+
+from data.pictures import DataError, measure_mask, measure_picture
+from data.regions import boxes_per_image, fit_regions, is_number, polygons_per_image
+from data.rows import Rows
+
+MAX_WORKERS = 8  # threads that decode pictures, each with a whole one in memory
+READ_AHEAD = 4  # rows for each of them that are read before it is their turn
+HALF_CHARACTER = re.compile("[\ud800-\udfff]")  # JSON can spell them, no text file and no tokenizer takes them
+
+
+# --- one row -----------------------------------------------------------------------------------------------------
+
+
+def check_row(row: dict, folder: Path) -> dict:
+    """The example of one row: `images` and `masks` undecoded, `boxes` and `polygons` as written, a list per image.
+
+    `polygons` and `masks` are there only when a question has any. Raises DataError for the first thing wrong that
+    shows without the pictures.
+    """
+    row = {key: value for key, value in row.items() if value is not None}
+    given, keys = [key for key in ("image", "images") if row.get(key)], ", ".join(key for key in row if key != "id")
+    if len(given) != 1:
+        raise DataError(f"{' and '.join(given) or 'no picture'} given, keys are: {keys}; give either image or images")
+    images = [row["image"]] if given == ["image"] else row["images"]
+    if not isinstance(images, list):
+        raise DataError(f"images is {images!r:.200}; write a list of pictures, or call it image")
+
+    question, answer, choices = row.get("question"), row.get("answer"), row.get("choices")
+    if not isinstance(question, str) or not question.strip():
+        raise DataError(f"question is {question!r:.200}, keys are: {keys}; write a text that is not empty")
+    answer = str(answer) if is_number(answer) else answer
+    if not isinstance(answer, str) or not answer.strip():
+        raise DataError(f"answer is {answer!r:.200}, keys are: {keys}; write a text that is not empty, or a number")
+    if choices is not None:
+        if not isinstance(choices, list) or not choices or not all(isinstance(choice, str) for choice in choices):
+            raise DataError(f"choices is {choices!r:.200}; write a list of texts, or leave it out")
+        letters = string.ascii_uppercase[: len(choices)]
+        if len(letters) < len(choices):
+            raise DataError(f"choices has {len(choices)} entries; give at most {len(letters)}, one for each letter")
+        if answer.strip().lower() not in [choice.strip().lower() for choice in (*choices, *letters)]:
+            raise DataError(f"answer {answer!r:.200} is not among choices {choices!r:.200}; use one or its letter")
+    for text in (row.get("id", ""), question, answer, *(choices or [])):
+        if HALF_CHARACTER.search(text):
+            raise DataError(f"text {text!r:.200} holds half of a character; write the whole one, in UTF-8")
+
+    polygons = polygons_per_image(row.pop("polygons", None), len(images))
+    masks = _masks_per_image(row.pop("mask", None), row.pop("masks", None), len(images))
+    example = row | {
+        "images": [_resolve(image, folder) for image in images],
+        "question": question,
+        "answer": answer,
+        "boxes": boxes_per_image(row.get("boxes"), len(images)),
+    }
+    if any(polygons):
+        example["polygons"] = polygons
+    if any(masks):
+        example["masks"] = [_resolve(mask, folder) if mask else None for mask in masks]
+    return example
+
+
+def _resolve(image, folder: Path):
+    """The picture without {"bytes", "path"} around it, a path made relative to the folder of its data file."""
+    if isinstance(image, dict):
+        image = image.get("bytes") or image.get("path")
+    if isinstance(image, str) and image.startswith(("http://", "https://", "data:")):
+        raise DataError(f"picture {image!r:.100} is not a file; save it as one and write its path")
+    return str(folder / image) if isinstance(image, str) and image else image
+
+
+def _masks_per_image(mask, masks, num_images: int) -> list:
+    """The mask of each image as it is written, None or [] where it has none."""
+    if mask and masks:
+        raise DataError("mask and masks given; give either mask or masks")
+    if mask and num_images > 1:
+        raise DataError(f"mask given, but there are {num_images} images; write masks, a list with one or null for each")
+    masks = [mask] if mask else masks or [None] * num_images
+    if not isinstance(masks, list):
+        raise DataError(f"masks is {masks!r:.200}; write a list of masks, or call it mask")
+    if len(masks) != num_images:
+        raise DataError(f"masks has {len(masks)} entries, but there are {num_images} images; write one for each image")
+    return masks
+
+
+# --- all rows ----------------------------------------------------------------------------------------------------
+
+
+class _Measures:
+    """The sizes of pictures and masks, each distinct one decoded once, by a few threads."""
+
+    def __init__(self):
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        self.num_workers = min(cores, MAX_WORKERS)
+        self._pool = ThreadPoolExecutor(self.num_workers)
+        self._found: dict[tuple, Future | tuple[int, int] | str] = {}
+
+    def __enter__(self) -> "_Measures":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._pool.shutdown(cancel_futures=True)
+
+    def begin(self, measure: Callable, image) -> tuple:
+        """Have `image` measured, if it was not before; a key for `size`."""
+        content = image if isinstance(image, bytes) else repr(image).encode()
+        key = measure.__name__, hashlib.sha256(content).digest()
+        if key not in self._found:
+            self._found[key] = self._pool.submit(measure, image)
+        return key
+
+    def size(self, key: tuple) -> tuple[int, int]:
+        """(width, height) in pixels. Raises the DataError of a picture that is bad."""
+        found = self._found[key]
+        if isinstance(found, Future):
+            try:
+                found = found.result()
+            except DataError as error:
+                found = str(error)  # the error itself would keep the picture in memory
+            self._found[key] = found
+        if isinstance(found, str):
+            raise DataError(found)
+        return found
+
+
+def check_rows(rows: Rows, box_format: str, limit: int | None, require_boxes: bool) -> tuple[array, list[str]]:
+    """The numbers of the first `limit` good rows, and the messages of the bad ones among them.
+
+    Threads decode the pictures of the next rows meanwhile; what they find counts only when a row has its turn.
+    """
+    chosen, skipped, rows_of_ids = array("q"), [], {}
+    with _Measures() as measures:
+        for row, label, example in _read_ahead(rows, measures):
+            try:
+                if isinstance(example, DataError):
+                    raise example
+                if example["id"] in rows_of_ids:
+                    first = f"{rows.label(rows_of_ids[example['id']])} (id {example['id']!r})"
+                    raise DataError(f"{first} has the same id; make every id unique, or leave it out")
+                if require_boxes and not any(example["boxes"]) and not example.keys() & {"polygons", "masks"}:
+                    raise DataError(
+                        "boxes is empty or missing, polygons and mask, too; the attention reward needs at least one "
+                        "box, polygon or mask"
+                    )
+                _check_regions(example, measures, box_format)
+            except DataError as error:
+                skipped.append(f"{label}: {error}")
+            else:
+                rows_of_ids[example["id"]] = row
+                chosen.append(row)
+            if len(chosen) == limit:
+                break
+    return chosen, skipped
+
+
+def _read_ahead(rows: Rows, measures: _Measures) -> Iterator[tuple[int, str, dict | DataError]]:
+    """(number, label, example or what is wrong with it) of every row, the pictures of some further rows begun."""
+    waiting = deque()
+    for row in tqdm(range(len(rows)), desc=f"checking {rows.name}", disable=len(rows) <= 200):
+        label = rows.label(row)
+        try:
+            parsed = rows[row]
+            if parsed["id"] != label:
+                label += f" (id {parsed['id']!r:.100})"
+            example = check_row(parsed, rows.folder)
+        except DataError as error:
+            waiting.append((row, label, error))
+        else:
+            _begin(example, measures)
+            waiting.append((row, label, example))
+        if len(waiting) > READ_AHEAD * measures.num_workers:
+            yield waiting.popleft()
+    yield from waiting
+
+
+def _begin(example: dict, measures: _Measures) -> tuple[list, list]:
+    """Keys for the sizes of an example's pictures and of its masks, None where there is none."""
+    pictures = [measures.begin(measure_picture, image) for image in example["images"]]
+    masks = example.get("masks", [None] * len(pictures))
+    return pictures, [mask and measures.begin(measure_mask, mask) for mask in masks]
+
+
+def _check_regions(example: dict, measures: _Measures, box_format: str) -> None:
+    """Raises DataError for pictures that cannot be decoded and regions that do not fit them."""
+    pictures, masks = _begin(example, measures)
+    sizes = [measures.size(key) for key in pictures]
+    fit_regions(example, sizes, box_format)
+    for place, (size, key) in enumerate(zip(sizes, masks, strict=True)):
+        mask_size = measures.size(key) if key else size
+        if mask_size != size:
+            name, (width, height) = example["masks"][place], mask_size
+            raise DataError(
+                f"mask {name if isinstance(name, str) else 'in memory'!r:.200} has {width} x {height} pixels, its "
+                f"picture {size[0]} x {size[1]}; give it the size of the original picture as a viewer shows it"
+            )

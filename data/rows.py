@@ -1,0 +1,211 @@
+"""The rows of a data set, whatever file they are in, and the names that its columns have in sayo."""
+
+import json
+import mmap
+import re
+from array import array
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import datasets
+
+from data.pictures import DataError
+
+VALID_DATA = (
+    "scenes, scenes:validation, scenes:heldout, scenes:newtype, a .jsonl, .json or .parquet file, or a folder or Hub "
+    "id that datasets.load_from_disk or datasets.load_dataset reads"
+)
+HUB_ID = r"[\w-][\w.-]*(/[\w.-]+)?"  # "name" or "owner/name"
+NAMES = ("id", "image", "images", "question", "answer", "choices", "boxes", "polygons", "mask", "masks")
+# Two names of one thing: where one of them is mapped to a column, a column of the other name does not count.
+SIBLINGS = {"image": "images", "images": "image", "mask": "masks", "masks": "mask"}
+MAX_COLUMNS = 40  # named in one error message
+MISSING = object()
+
+
+class Lines(Sequence):
+    """The lines of a text file that are not blank, as bytes; only where they begin is in memory.
+
+    numbers   of the lines in the file, counted from 1
+    """
+
+    def __init__(self, path: Path):
+        self.numbers, self._starts = array("q"), array("q")
+        with path.open("rb") as file:
+            start = 0
+            for number, line in enumerate(file, 1):
+                # The mark that some editors put in front of UTF-8 is no content.
+                if line.removeprefix(b"\xef\xbb\xbf").strip():
+                    self.numbers.append(number)
+                    self._starts.append(start)
+                start += len(line)
+            self._text = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if start else b""
+
+    def __len__(self) -> int:
+        return len(self._starts)
+
+    def __getitem__(self, index: int) -> bytes:
+        start = self._starts[index]
+        end = self._text.find(b"\n", start)
+        return self._text[start : end if end >= 0 else len(self._text)].strip()
+
+
+class Rows:
+    """The rows of a data set as dicts, with the columns that the user mapped under sayo's names.
+
+    name      what they were loaded from
+    folder    what relative picture paths count from
+    """
+
+    def __init__(self, name: str, rows: Sequence, numbers: Sequence[int], folder: Path):
+        self.name, self.folder = name, folder
+        self._rows, self._numbers, self._columns = rows, numbers, {}
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def label(self, row: int) -> str:
+        return f"{Path(self.name).name}:{self._numbers[row]}"
+
+    def __getitem__(self, row: int) -> dict:
+        """A row with its id, nothing else checked. Raises DataError when it is not an object."""
+        parsed = _parse(self._rows[row])
+        if self._columns:
+            parsed = _rename(parsed, self._columns)
+        given = parsed.get("id")
+        return parsed | {"id": self.label(row) if given in (None, "") else str(given)}
+
+    def rename(self, fields: Iterable[str]) -> None:
+        """Read sayo's names from the columns that "name=column" entries give them.
+
+        Raises DataError with everything that is wrong with them, and the columns that there are.
+        """
+        columns, problems = parse_fields(fields)
+        missing, seen = set(columns.values()), {}
+        for row in self._rows if missing else ():  # mostly the first row has all of them
+            try:
+                parsed = _parse(row)
+            except DataError:
+                continue
+            missing = {column for column in missing if _look_up(parsed, column) is MISSING}
+            seen |= dict.fromkeys(_column_names(parsed))
+            if not missing:
+                break
+        if problems or missing:
+            problems += [
+                f"{name}={column}: no row has {column!r}" for name, column in columns.items() if column in missing
+            ]
+            more = ", ..." if len(seen) > MAX_COLUMNS else ""
+            columns_there = ", ".join(list(seen)[:MAX_COLUMNS]) + more
+            raise DataError(
+                "\n  ".join([f"--fields does not fit {self.name}:", *problems])
+                + (f"\ncolumns are: {columns_there}" if seen else "")
+            )
+        self._columns = columns
+
+
+def parse_fields(fields: Iterable[str]) -> tuple[dict[str, str], list[str]]:
+    """{name: column} of "name=column" entries, and a sentence for each entry that is not one."""
+    columns, problems = {}, []
+    for field in fields:
+        name, equals, column = (part.strip() for part in field.partition("="))
+        if not equals or not name or not column:
+            problems.append(f"{field!r} is not name=column; write for example question=query")
+        elif name not in NAMES:
+            problems.append(f"{field}: unknown name {name!r}; valid are {', '.join(NAMES)}")
+        elif name in columns:
+            problems.append(f"{field}: {name} has the column {columns[name]!r} already; give one")
+        else:
+            columns[name] = column
+    return columns, problems
+
+
+def open_rows(data: str, split: str) -> Rows:
+    """The rows of `data`, unchecked. Raises DataError when it cannot be opened."""
+    path = Path(data).expanduser()
+    if path.suffix in (".jsonl", ".json") and path.is_file():
+        return _open_json(data, path)
+    if not path.exists() and (path.suffix in (".jsonl", ".json", ".parquet") or not re.fullmatch(HUB_ID, data)):
+        raise DataError(f"data {data!r}: there is no such file or folder; valid: {VALID_DATA}")
+    if path.is_file() and path.suffix != ".parquet":
+        raise DataError(f"data {data!r} is a file of another type; valid: {VALID_DATA}")
+    try:
+        if path.is_file():
+            dataset = datasets.Dataset.from_parquet(str(path))
+        elif (path / "state.json").exists() or (path / "dataset_dict.json").exists():
+            dataset = datasets.load_from_disk(str(path))
+        else:
+            dataset = datasets.load_dataset(str(path) if path.exists() else data, split=split)
+        if isinstance(dataset, datasets.DatasetDict):
+            if split not in dataset:
+                raise ValueError(f"unknown split {split!r}; valid ones: {', '.join(dataset)}")
+            dataset = dataset[split]
+    except Exception as error:  # whatever pyarrow, fsspec and the Hub raise
+        what = "cannot be loaded" if path.exists() else "is no file or folder here, and no Hub id that can be loaded"
+        raise DataError(f"data {data!r} {what} ({type(error).__name__}: {error}); valid: {VALID_DATA}") from error
+    # Arrow rows keep the pictures encoded, where the default format would decode them.
+    return Rows(data, dataset.with_format("arrow"), range(len(dataset)), path.parent if path.is_file() else path)
+
+
+def _open_json(data: str, path: Path) -> Rows:
+    with path.open("rb") as file:
+        if file.read(2) in (b"\xff\xfe", b"\xfe\xff"):
+            raise DataError(f"data {data!r} is text in UTF-16; save it as UTF-8")
+    if path.suffix == ".jsonl":
+        lines = Lines(path)
+        return Rows(data, lines, lines.numbers, path.parent)
+    try:
+        rows = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise DataError(
+            f"data {data!r} is not JSON ({error}); write one list of objects, or name it .jsonl where every line is one"
+        ) from error
+    if not isinstance(rows, list):
+        what = f"one object with the keys {', '.join(rows)}" if isinstance(rows, dict) else f"{rows!r}"
+        raise DataError(f"data {data!r} holds {what:.300}; write one list of objects, [{{...}}, {{...}}]")
+    return Rows(data, rows, range(len(rows)), path.parent)
+
+
+def _parse(row) -> dict:
+    """The dict of a line of JSON (bytes), of a one-row Arrow table, or of what was JSON already."""
+    if hasattr(row, "to_pylist"):
+        return row.to_pylist()[0]
+    parsed = row
+    if isinstance(row, bytes):
+        try:
+            parsed = json.loads(row)
+        except (ValueError, RecursionError) as error:
+            raise DataError(f"not JSON ({error}): {row[:60]!r}; write one JSON object per line") from error
+    if not isinstance(parsed, dict):
+        raise DataError(f'not a JSON object: {row!r:.60}; write {{"image": ..., "question": ..., ...}}')
+    return parsed
+
+
+def _rename(row: dict, columns: dict[str, str]) -> dict:
+    moved = {name: _look_up(row, column) for name, column in columns.items()}
+    gone = {*columns.values(), *(SIBLINGS[name] for name in columns if name in SIBLINGS)}
+    kept = {name: value for name, value in row.items() if name not in gone}
+    return kept | {name: value for name, value in moved.items() if value is not MISSING}
+
+
+def _look_up(value, column: str):
+    """The value at a dotted path into dicts, a list of values where there is a list of dicts, else MISSING."""
+    if isinstance(value, list) and value:
+        found = [_look_up(entry, column) for entry in value]
+        return MISSING if any(entry is MISSING for entry in found) else found
+    if not isinstance(value, dict):
+        return MISSING
+    if column in value:
+        return value[column]
+    head, dot, rest = column.partition(".")
+    return _look_up(value[head], rest) if dot and head in value else MISSING
+
+
+def _column_names(row: dict, before: str = "") -> list[str]:
+    """Columns as --fields names them: those of nested dicts dotted."""
+    names = []
+    for name, value in row.items():
+        nested = value[0] if isinstance(value, list) and value else value
+        inner = isinstance(nested, dict) and set(nested) != {"bytes", "path"}  # those two are a picture
+        names += _column_names(nested, f"{before}{name}.") if inner else [before + name]
+    return names

@@ -1,0 +1,120 @@
+"""`python -m data.check`: figures of a data set, everything wrong with it, and a sheet that shows the alignment."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from conftest import GOOD, two, without, write_jsonl
+from PIL import Image
+
+from config import ConfigError, read_config
+from data.check import CheckConfig, describe, draw_sheet, evenly, main, region_share
+from data.examples import DataError, load_examples
+
+
+def test_figures_of_a_small_data_set(folder):
+    rows = [
+        GOOD | {"id": "half", "boxes": [[0, 0, 20, 30]]},
+        GOOD | {"id": "again", "question": "What color?", "answer": "Red", "boxes": [[0, 0, 40, 30]]},
+        GOOD | {"id": "same", "boxes": [[0, 0, 4, 3], [36, 27, 40, 30]]},
+        two([[[0, 0, 10, 50]], []], id="two", answer="blue", choices=["red", "blue"]),
+        without("boxes") | {"id": "bare", "question": "Why?"},
+        without("boxes") | {"id": "triangle", "question": "Who?", "polygons": [[[0, 0], [40, 0], [0, 30]]]},
+    ]
+    rows[3]["boxes"] = [[], [[0, 0, 10, 50]]]
+    found = describe(load_examples(write_jsonl(folder, *rows), require_boxes=False), "xyxy")
+    figures = found["figures"]
+    assert figures["pictures of a row"] == {"min": 1, "median": 1.0, "max": 2, "rows": 6}
+    assert figures["boxes of a row"] == {"min": 1, "median": 1.0, "max": 2, "rows": 4}
+    assert figures["polygons of a row"]["rows"] == 1 and figures["choices of a row"]["max"] == 2
+    assert figures["picture width"] == {"min": 20, "median": 40, "max": 40}
+    shares = figures["share of a picture in its region"]
+    assert shares["min"] == pytest.approx(2 * 12 / 1200, abs=1e-3) and shares["max"] == 1
+    assert shares["median"] == pytest.approx(0.5, abs=0.02)
+    assert found["answers"] == {"distinct": 2, "most common": [("red", 5 / 6), ("blue", 1 / 6)]}
+    assert found["notes"] == [
+        "1 rows have a region of more than half of a picture: attention on it says little about looking, first 'again'",
+        "1 rows have no region: the attention reward passes over them, first 'bare'",
+        "1 rows repeat the question, answer and picture of an earlier row, first 'same'",
+    ]
+
+
+@pytest.mark.parametrize("size", [(100, 80), (4000, 3000), (1, 200)])
+def test_the_share_of_a_region_is_its_area(size):
+    width, height = size
+    box = [0, height // 4, width, height // 2]
+    assert region_share([box], [], None, size) == pytest.approx(0.25, abs=0.01)
+    triangle = [[[0, 0], [width, 0], [0, height]]]
+    assert width == 1 or region_share([], triangle, None, size) == pytest.approx(0.5, abs=0.02)
+    mask = Image.new("L", size)
+    mask.paste(255, (0, 0, width, height // 2))
+    assert region_share([box], [], mask, size) == pytest.approx(0.5, abs=0.01)
+
+
+def test_evenly_has_both_ends_and_no_index_twice():
+    assert evenly(10, 3) == [0, 4, 9] and evenly(3, 10) == [0, 1, 2] and evenly(1, 5) == [0]
+    assert len(evenly(20_000, 200)) == 200
+
+
+def test_everything_wrong_is_printed_and_the_exit_says_so(folder, capsys):
+    bad = [GOOD | {"boxes": [[1, 2, 500, 600]]}, without("answer"), GOOD | {"image": "cut.jpg"}]
+    data = write_jsonl(folder, GOOD, *bad)
+    config = CheckConfig(data=data, report=str(folder / "report.json"))
+    with pytest.raises(DataError, match="3 problems"):
+        main(config)
+    printed = capsys.readouterr().out
+    assert "1 good rows, 3 bad" in printed
+    assert [f"train.jsonl:{line}" in printed for line in (1, 2, 3, 4)] == [False, True, True, True]
+    report = json.loads((folder / "report.json").read_text())
+    assert len(report["bad_rows"]) == 3 and "500, 600" in report["bad_rows"][0]
+    main(CheckConfig(data=write_jsonl(folder, GOOD)))
+    assert "1 good rows, 0 bad" in capsys.readouterr().out
+
+
+def test_prompts_are_measured_with_a_models_processor(folder, capsys, model_folders):
+    config = CheckConfig(data=write_jsonl(folder, GOOD), model=model_folders["internvl"])
+    main(config)
+    printed = capsys.readouterr().out
+    assert "image tokens in the region (1 prompts)" in printed
+    data = write_jsonl(folder, GOOD, GOOD | {"question": "Is it <IMG_CONTEXT>?"})
+    with pytest.raises(DataError, match="1 problems"):
+        main(CheckConfig(data=data, model=model_folders["internvl"]))
+    assert "remove <IMG_CONTEXT>" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("family", ["qwen3_vl", "internvl", "smolvlm"])
+def test_the_sheet_is_red_where_the_boxes_are(folder, policies, family):
+    """The pixels of the drawing: inside the box's frame covered tokens tint a gray picture, outside they do not."""
+    Image.new("RGB", (168, 168), (128, 128, 128)).save(folder / "gray.png")
+    row = GOOD | {"image": "gray.png", "boxes": [[0, 0, 84, 168]], "question": "Costs $5 or $6?", "id": "a $ b"}
+    examples = load_examples(write_jsonl(folder, row))
+    draw_sheet(examples[:1], policies[family][1], None, folder / "sheet.png")
+    pixels = np.asarray(Image.open(folder / "sheet.png").convert("RGB")).astype(int)
+    gray = (abs(pixels - 128) <= 2).all(-1)
+    tinted = (pixels[..., 0] > pixels[..., 1] + 40) & (abs(pixels[..., 1] - pixels[..., 2]) < 20)
+    columns = np.nonzero(gray.sum(0) > 100)[0], np.nonzero(tinted.sum(0) > 100)[0]
+    assert len(columns[0]) > 50 and len(columns[1]) > 50
+    assert columns[1].mean() < columns[0].mean()  # the left half is covered
+    draw_sheet(examples[:1], None, None, folder / "plain.png")
+    plain = np.asarray(Image.open(folder / "plain.png").convert("RGB")).astype(int)
+    assert not ((plain[..., 0] > plain[..., 1] + 40) & (abs(plain[..., 1] - plain[..., 2]) < 20)).any()
+
+
+def test_the_command_takes_the_file_first(folder):
+    write_jsonl(folder, GOOD, two([[[1, 1, 9, 9]], [[2, 2, 8, 8]]], id="two"))
+    Image.new("L", (40, 30), 255).save(folder / "mask.png")
+    write_jsonl(folder, GOOD, without("boxes") | {"mask": "mask.png", "id": "m"}, name="more.jsonl")
+    for name in ("train.jsonl", "more.jsonl"):
+        command = [sys.executable, "-m", "data.check", str(folder / name), "--sheet", str(folder / "sheet.png")]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stderr
+        assert "2 good rows, 0 bad" in done.stdout
+        assert Image.open(folder / "sheet.png").size[0] >= 800
+
+
+def test_problems_of_the_settings():
+    with pytest.raises(ConfigError) as error:
+        read_config(CheckConfig, ["--sheet", "sheet.jpg", "--num_examples", "0"])
+    assert "sheet='sheet.jpg'" in str(error.value) and "num_examples=0" in str(error.value)

@@ -1,0 +1,123 @@
+"""Files of JSON as people have them, and columns under the names that people gave them."""
+
+import json
+import tracemalloc
+
+import datasets
+import pytest
+from conftest import GOOD, without, write_jsonl
+
+from config import ConfigError, PolicyConfig, read_config
+from data.examples import DataError, load_examples
+from data.rows import Lines
+
+# ---------------------------------------------------------------------------------------------- files of JSON
+
+
+def test_lines_as_editors_write_them(folder):
+    """A byte order mark, Windows line ends, blank lines between and after, no line end at the end."""
+    questions = ["What color?", "¿Qué color?"]
+    lines = [json.dumps(GOOD | {"question": question}, ensure_ascii=False) for question in questions]
+    (folder / "x.jsonl").write_bytes(b"\xef\xbb\xbf" + f"{lines[0]}\r\n\r\n \r\n{lines[1]}\r\n\r\n\n".encode())
+    (folder / "y.jsonl").write_bytes(b"\xef\xbb\xbf\n" + "\n".join(["", *lines]).encode())
+    for name, numbers in (("x.jsonl", [1, 4]), ("y.jsonl", [3, 4])):
+        examples = load_examples(str(folder / name))
+        assert [example["question"] for example in examples] == questions
+        assert [examples._rows.label(row) for row in range(2)] == [f"{name}:{number}" for number in numbers]
+
+
+def test_list_in_a_json_file_counts_from_zero(folder):
+    (folder / "x.json").write_bytes(b"\xef\xbb\xbf" + json.dumps([without("answer"), GOOD], indent=2).encode())
+    with pytest.raises(DataError, match=r"x\.json:0: answer is None"):
+        load_examples(str(folder / "x.json"))
+    assert [example["id"] for example in load_examples(str(folder / "x.json"), bad_rows="skip")] == ["x.json:1"]
+
+
+def test_lines_are_not_in_memory(tmp_path):
+    """200,000 lines of 1,000 bytes."""
+    with (tmp_path / "long.jsonl").open("w") as file:
+        file.writelines(f'{{"id": {i}, "text": "{"x" * 980}"}}\n' for i in range(200_000))
+    tracemalloc.start()
+    lines = Lines(tmp_path / "long.jsonl")
+    assert [json.loads(lines[i])["id"] for i in (0, 199_999, 77_777)] == [0, 199_999, 77_777]
+    held = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert len(lines) == 200_000 and held < 5e6
+
+
+# -------------------------------------------------------------------------------------------- names of columns
+
+NESTED = {
+    "uid": "7",
+    "img": {"path": "a.png"},
+    "query": "What color?",
+    "label": {"text": "red", "score": 1},
+    "objects": [{"bbox": [1, 2, 30, 20], "area": 5}, {"bbox": [3, 4, 5, 6], "area": 6}],
+    "image": "a thumbnail",
+    "boxes": "other boxes",
+    "kind": "c",
+}
+FIELDS = ["id=uid", "image=img.path", "question=query", "answer=label.text", "boxes=objects.bbox"]
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_columns_of_other_names(folder, kind):
+    if kind == "jsonl":
+        data = write_jsonl(folder, NESTED, NESTED | {"uid": 8, "images": ["a.png"]})
+    else:
+        data = str(folder / "train.parquet")
+        datasets.Dataset.from_list([NESTED, NESTED | {"uid": "8"}]).to_parquet(data)
+    examples = load_examples(data, fields=FIELDS)
+    assert [example["id"] for example in examples] == ["7", "8"]
+    for example in examples:
+        assert example["image"].size == (40, 30) and example["boxes"] == [[1, 2, 30, 20], [3, 4, 5, 6]]
+        assert (example["question"], example["answer"], example["kind"]) == ("What color?", "red", "c")
+        assert "query" not in example and "uid" not in example
+
+
+def test_columns_may_change_places(folder):
+    row = GOOD | {"question": "red", "answer": "What color?", "label.text": "dotted"}
+    example = load_examples(write_jsonl(folder, row), fields=["question=answer", " answer = question "])[0]
+    assert (example["question"], example["answer"]) == ("What color?", "red")
+    assert load_examples(write_jsonl(folder, row), fields=["answer=label.text"])[0]["answer"] == "dotted"
+
+
+def test_column_that_only_later_rows_have(folder):
+    data = write_jsonl(folder, GOOD, "not JSON", GOOD | {"region": [[[1, 1], [9, 1], [9, 9]]]})
+    examples = load_examples(data, fields=["polygons=region"], bad_rows="skip")
+    assert ["polygons" in example for example in examples] == [False, True]
+
+
+def test_everything_wrong_with_fields_is_said_at_once(folder):
+    fields = ["query", "=x", "colour=kind", "answer=label.txt", "answer=label.text", "boxes=bbox", "question=query"]
+    with pytest.raises(DataError) as raised:
+        load_examples(write_jsonl(folder, NESTED), fields=fields)
+    message = str(raised.value)
+    for words in (
+        "'query' is not name=column",
+        "'=x' is not name=column",
+        "unknown name 'colour'; valid are id, image, images, question",
+        "answer has the column 'label.txt' already",
+        "no row has 'label.txt'",
+        "no row has 'bbox'",
+        "columns are: uid, img.path, query, label.text, label.score, objects.bbox, objects.area, image, boxes, kind",
+    ):
+        assert words in message, message
+    assert "question=query:" not in message
+
+
+def test_row_without_a_mapped_column_is_bad_alone(folder):
+    data = write_jsonl(folder, NESTED, {key: value for key, value in NESTED.items() if key != "query"} | {"uid": 2})
+    with pytest.raises(DataError, match=r"train\.jsonl:2 \(id '2'\): question is None, keys are: .*answer"):
+        load_examples(data, fields=FIELDS)
+
+
+def test_the_settings_reach_the_loader(folder):
+    data = write_jsonl(folder, NESTED, NESTED | {"uid": 8})
+    flags = ["--data", data, "--limit", "1", "--box_format", "xywh", "--fields", *FIELDS]
+    config = read_config(PolicyConfig, flags)
+    examples = load_examples(config.data, **config.data_arguments())
+    assert len(examples) == 1 and examples[0]["boxes"] == [[1, 2, 31, 22], [3, 4, 8, 10]]
+    assert load_examples("scenes", **read_config(PolicyConfig, []).data_arguments())[0]["boxes"]
+    with pytest.raises(ConfigError, match="(?s)box_format='yolo'.*fields: 'query' is not name=column"):
+        read_config(PolicyConfig, ["--box_format", "yolo", "--fields", "query"])
