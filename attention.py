@@ -1,17 +1,194 @@
-"""Attention rows, read where attention is computed: a function in transformers' AttentionInterface."""
+"""Attention of packed groups without a mask, and attention rows, read where attention is computed.
+
+    [ prompt | c1 c1 c1 | c2 c2 | c3 c3 c3 c3 ]
+
+A prompt's tokens attend to the prompt, causally. A completion's tokens attend to the prompt, all of it, and to their
+own completion, causally: two products, whose softmax is one. So no mask of S x S exists, no key is copied, and what
+completions do not see of each other is never computed. A function in transformers' AttentionInterface does it.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor
+from torch.nn.attention.bias import causal_lower_right
+from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 PROBED_ATTENTION = "sayo_probed_sdpa"
 ROW_CHUNK_ELEMENTS = 2**24  # float32 attention weights that exist at a time: 64 MB, however long the prompt
+# These two return and take the logarithm of the softmax's sum, which the public function keeps to itself.
+_flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+_flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+
+
+@dataclass
+class PackedGroup:
+    """One group in a packed row: a prompt of `prompt_length` tokens, then completions of `lengths` tokens.
+
+    A grid is (G, C): every completion a row, C the longest. `index` says which completion token stands at a place of
+    the grid (where there is none, the completion's first), `places` where in the flat grid each token stands.
+    """
+
+    prompt_length: int
+    lengths: Sequence[int]
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(self.lengths)
+
+    @cached_property
+    def real(self) -> Tensor:
+        """(G, C) boolean: where a token stands."""
+        lengths = torch.tensor([length for length in self.lengths if length], device=self.device)
+        return torch.arange(max(self.lengths), device=self.device) < lengths[:, None]
+
+    @cached_property
+    def index(self) -> Tensor:
+        lengths = self.real.sum(1)  # (G,)
+        first = lengths.cumsum(0) - lengths
+        return (first[:, None] + torch.arange(self.real.shape[1], device=self.device)).where(self.real, first[:, None])
+
+    @cached_property
+    def places(self) -> Tensor:
+        return self.real.flatten().nonzero().flatten()  # (T,)
+
+    def to_grid(self, tokens: Tensor) -> Tensor:
+        """(1, H, T, ...) of completion tokens to (G, H, C, ...)."""
+        return tokens[0][:, self.index].transpose(0, 1)
+
+    def from_grid(self, grid: Tensor) -> Tensor:
+        """(G, H, C, ...) to (1, H, T, ...)."""
+        return grid.transpose(0, 1).flatten(1, 2)[:, self.places][None]
+
+
+class _CompletionAttention(torch.autograd.Function):
+    """Completion queries on the prompt's keys and on those of their own completion, as one softmax.
+
+    Each part comes with the logarithm of its sum of exponentials, which is how the parts are weighed. In the backward
+    pass, the kernel that is given the whole softmax's output and sum instead of the part's makes the part's share of
+    the gradients.
+    """
+
+    @staticmethod
+    def forward(ctx, query, prompt_key, prompt_value, key, value, group, scaling):
+        on_prompt, prompt_sum = _flash(query, prompt_key, prompt_value, 0.0, False, scale=scaling)
+        grid = [group.to_grid(part).contiguous() for part in (query, key, value)]
+        on_own, own_sum = _flash(*grid, 0.0, True, scale=scaling)
+        on_own, own_sum = group.from_grid(on_own), group.from_grid(own_sum)  # (1, H, T, d), (1, H, T)
+        whole_sum = torch.logaddexp(prompt_sum, own_sum)
+        shares = [(part - whole_sum).exp()[..., None] for part in (prompt_sum, own_sum)]
+        output = (on_prompt * shares[0] + on_own * shares[1]).to(query.dtype)
+        ctx.save_for_backward(query, prompt_key, prompt_value, key, value, output, whole_sum)
+        ctx.group, ctx.scaling = group, scaling
+        return output
+
+    @staticmethod
+    def backward(ctx, gradient):
+        query, prompt_key, prompt_value, key, value, output, whole_sum = ctx.saved_tensors
+        group, gradient = ctx.group, gradient.contiguous()
+        of_prompt = _flash_backward(
+            gradient, query, prompt_key, prompt_value, output, whole_sum, 0.0, False, scale=ctx.scaling
+        )
+        # Places without a token get no gradient, and give none to the keys before them.
+        grid = [group.to_grid(part).contiguous() for part in (query, key, value, output, whole_sum)]
+        on_grid = group.to_grid(gradient) * group.real[:, None, :, None]
+        of_own = _flash_backward(on_grid.contiguous(), *grid, 0.0, True, scale=ctx.scaling)
+        of_query, of_key, of_value = (group.from_grid(part) for part in of_own)
+        return of_prompt[0] + of_query, *of_prompt[1:], of_key, of_value, None, None
+
+
+def _completions_with_copies(query, prompt_key, prompt_value, key, value, group, scaling):
+    """The same with public functions alone: every completion has a copy of the prompt's keys."""
+    copies = group.real.shape[0]
+    repeats = query.shape[1] // key.shape[1]
+    keys, values = (
+        torch.cat([prompt.expand(copies, -1, -1, -1), group.to_grid(own)], dim=2).repeat_interleave(repeats, dim=1)
+        for prompt, own in ((prompt_key, key), (prompt_value, value))
+    )  # (G, H, P + C, d)
+    queries = group.to_grid(query)
+    mask = causal_lower_right(queries.shape[2], keys.shape[2])
+    return group.from_grid(scaled_dot_product_attention(queries, keys, values, attn_mask=mask, scale=scaling))
+
+
+def packed_attention(
+    query: Tensor, key: Tensor, value: Tensor, groups: Sequence[PackedGroup], scaling: float
+) -> Tensor:
+    """Attention in a packed row, differentiable. The dense form of the same is packing.dense_mask.
+
+    Args:
+        query: (1, H, S, d). key, value: (1, H_kv, S, d). groups: in their order in the row.
+
+    Returns:
+        (1, H, S, d).
+    """
+    # The kernels that say their sum are the CPU's; elsewhere public functions do the same.
+    completions = _CompletionAttention.apply if query.device.type == "cpu" else _completions_with_copies
+    outputs, start = [], 0
+    for group in groups:
+        middle, end = start + group.prompt_length, start + group.prompt_length + group.num_tokens
+        prompt = [part[:, :, start:middle] for part in (query, key, value)]
+        outputs.append(scaled_dot_product_attention(*prompt, is_causal=True, scale=scaling, enable_gqa=True))
+        if group.num_tokens:
+            own = [part[:, :, middle:end] for part in (query, key, value)]
+            outputs.append(completions(own[0], prompt[1], prompt[2], own[1], own[2], group, scaling))
+        start = end
+    return torch.cat(outputs, dim=2)
+
+
+class SamplingCache:
+    """Keys and values while groups are sampled: those of a prompt once, those of a completion in a row of its own.
+
+    The same function of the AttentionInterface fills it and attends to it; the model itself is told of no cache.
+    """
+
+    def __init__(self, prompt_lengths: Sequence[int], max_new_tokens: int):
+        self.prompt_lengths, self.max_new_tokens = list(prompt_lengths), max_new_tokens
+        self.alive: list[int] = []  # completions of each prompt that go on
+        self.length = -1  # place of the token that is fed; -1 while the prompts are read
+        self.prompts: dict[int, tuple[Tensor, Tensor]] = {}  # by layer, (1, H_kv, all prompts, d)
+        self.completions: dict[int, tuple[Tensor, Tensor]] = {}  # by layer, (m, H_kv, max_new_tokens, d)
+
+    def begin_token(self, kept: Tensor | None, alive: Sequence[int]) -> None:
+        """Before one token of each completion is fed: which rows (m,) are left, None for all; how many by prompt."""
+        self.length += 1
+        self.alive = list(alive)
+        if kept is not None:
+            for layer, parts in self.completions.items():
+                self.completions[layer] = tuple(part[kept] for part in parts)
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+        """query (1, H, m, d), key and value (1, H_kv, m, d) of one token for each completion, to (1, H, m, d)."""
+        num_kv, count, width = key.shape[1:]
+        if layer not in self.completions:
+            shape = (count, num_kv, self.max_new_tokens, width)
+            self.completions[layer] = key.new_empty(shape), value.new_empty(shape)
+        keys, values = self.completions[layer]
+        keys[:, :, self.length], values[:, :, self.length] = key[0].transpose(0, 1), value[0].transpose(0, 1)
+        keys, values = (part[:, :, : self.length + 1] for part in (keys, values))  # (m, H_kv, t, d)
+        queries = query[0].unflatten(0, (num_kv, -1)).permute(2, 0, 1, 3) * scaling  # (m, H_kv, H / H_kv, d)
+        on_own = queries @ keys.mT  # (m, H_kv, H / H_kv, t)
+        outputs, start, first = [], 0, 0
+        for length, number in zip(self.prompt_lengths, self.alive, strict=True):
+            rows, columns = slice(first, first + number), slice(start, start + length)
+            start, first = start + length, first + number
+            if number == 0:
+                continue
+            prompt_keys, prompt_values = (part[0, :, columns] for part in self.prompts[layer])  # (H_kv, P, d)
+            together = queries[rows].transpose(0, 1).flatten(1, 2)  # (H_kv, rows * H / H_kv, d)
+            on_prompt = (together @ prompt_keys.mT).unflatten(1, (number, -1)).transpose(0, 1)
+            weights = torch.cat([on_prompt, on_own[rows]], dim=-1).float().softmax(-1).to(query.dtype)
+            output = weights[..., :length].transpose(0, 1).flatten(1, 2) @ prompt_values
+            output = output.unflatten(1, (number, -1)).transpose(0, 1)  # (rows, H_kv, H / H_kv, d)
+            outputs.append(output + weights[..., length:] @ values[rows])
+        return torch.cat(outputs).flatten(1, 2).transpose(0, 1)[None]  # (1, H, m, d)
 
 
 class AttentionProbe:
@@ -62,13 +239,54 @@ class AttentionProbe:
                 result[part] = weights @ self.key_weights[batch]
         self.results[layer] = result
 
+    @torch.no_grad()
+    def read_packed(self, layer: int, query: Tensor, key: Tensor, group: PackedGroup, scaling: float) -> None:
+        """The same for the one group of a packed row, whose key weights are zero behind the prompt.
 
-def _probed_attention(module, query, key, value, attention_mask, scaling=None, **kwargs):
-    """transformers' own sdpa attention; while a probe is open it also reads the rows the probe asks for."""
-    probe = AttentionProbe.current
-    if probe is not None and module.layer_idx in probe.layers:
-        probe.read(module.layer_idx, query, key, attention_mask, scaling or query.shape[-1] ** -0.5)
-    return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+        The weight of a prompt key in the whole softmax is its weight in the prompt's part times that part's share.
+        """
+        num_prompt, heads = group.prompt_length, query.shape[1]
+        repeats = heads // key.shape[1]
+        weights = self.key_weights[0, :num_prompt]  # (P, W)
+        prompt_key = key[0, :, :num_prompt].float()  # (H_kv, P, d)
+        grid = [group.to_grid(part[:, :, num_prompt:].float()) for part in (query, key)]
+        causal = torch.ones(grid[0].shape[2], grid[0].shape[2], dtype=torch.bool, device=query.device).tril()
+        total = torch.zeros(1 + group.num_tokens, weights.shape[1], device=query.device)  # the prompt's last row first
+        for head in range(heads):
+            own = grid[0][:, head] @ grid[1][:, head // repeats].mT * scaling  # (G, C, C)
+            own_sum = own.masked_fill(~causal, float("-inf")).logsumexp(-1).flatten()[group.places]  # (T,)
+            own_sum = torch.cat([own_sum.new_full((1,), float("-inf")), own_sum])
+            on_prompt = (
+                query[0, head, num_prompt - 1 :].float() @ prompt_key[head // repeats].mT * scaling
+            )  # (1 + T, P)
+            whole = torch.logaddexp(on_prompt.logsumexp(-1), own_sum)
+            total += on_prompt.sub_(whole[:, None]).exp_() @ weights
+        self.results[layer] = total[self.rows - (num_prompt - 1)] / heads
+
+
+def _probed_attention(
+    module, query, key, value, attention_mask, scaling=None, packed_groups=None, sampling_cache=None, **kwargs
+):
+    """transformers' own sdpa attention, or that of packed groups; while a probe is open it also reads its rows.
+
+    packed_groups, sampling_cache: what vlm.forward_hidden hands through the model; `attention_mask` is then empty.
+    """
+    probe, layer, scaling = AttentionProbe.current, module.layer_idx, scaling or query.shape[-1] ** -0.5
+    wanted = probe is not None and layer in probe.layers
+    if packed_groups is None and sampling_cache is None:
+        if wanted:
+            probe.read(layer, query, key, attention_mask, scaling)
+        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+    if packed_groups is None:
+        output = sampling_cache.attend(layer, query, key, value, scaling)
+    else:
+        if sampling_cache is not None:
+            sampling_cache.prompts[layer] = key.contiguous(), value.contiguous()  # read at every step
+        if wanted:
+            (group,) = packed_groups
+            probe.read_packed(layer, query, key, group, scaling)
+        output = packed_attention(query, key, value, packed_groups, scaling)
+    return output.transpose(1, 2).contiguous(), None
 
 
 AttentionInterface.register(PROBED_ATTENTION, _probed_attention)

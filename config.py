@@ -53,7 +53,7 @@ class PolicyConfig:
     bad_rows: str = option("error", "What to do about examples that cannot be used.", ("error", "skip"))
     box_format: str = option("xyxy", "How boxes are written; polygons are in the same unit.", BOX_FORMATS)
     fields: list[str] | None = option(None, "Columns of other names, as name=column: question=query answer=label.text.")
-    sampling_tokens: int = option(2048, "Sample as many groups side by side as have this many tokens at full length.")
+    sampling_tokens: int = option(8192, "Sample as many groups side by side as have this many tokens at full length.")
     seed: int = option(0, "Seed of everything random.")
 
     def policy_arguments(self, lora_rank: int) -> dict:

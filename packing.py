@@ -15,22 +15,30 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from attention import PackedGroup
 from families import PolicyError
 from prompts import Prompt, base_model, model_device, prompt_positions
 
 
 @dataclass
-class Layout:
+class Tokens:
+    """What one forward takes: (B, S) tokens, their positions, and who may see whom."""
+
+    input_ids: Tensor  # (B, S)
+    position_ids: Tensor  # (axes, B, S)
+    attention_mask: Tensor | None = None  # (B, S) padding mask; None in a packed row and where nothing is padded
+    groups: list[PackedGroup] | None = None  # who sees whom in a packed row
+    prompts: Sequence[Prompt] = ()  # in the order in which their pictures appear
+
+
+@dataclass(kw_only=True)
+class Layout(Tokens):
     """Where every token of one or several groups sits in the (B, S) batch of one forward; T completion tokens in all.
 
     Rows are indices into the flattened batch, completion by completion.
     """
 
-    input_ids: Tensor  # (B, S)
-    position_ids: Tensor  # (axes, B, S)
-    attention_mask: Tensor  # (1, 1, S, S) boolean tree mask, or (B, S) padding mask
     key_weights: Tensor  # (B, S, 2): weights whose sums over keys are the means over target and over image tokens
-    prompts: list[Prompt]  # in the order in which their pictures appear
     token_rows: Tensor  # (T,) where a completion token is the input
     predict_rows: Tensor  # (T,) where it is predicted
     completion_ids: Tensor  # (T,)
@@ -38,7 +46,7 @@ class Layout:
 
 
 def tree_mask(owner: Tensor, parent: Tensor, key_owner: Tensor) -> Tensor:
-    """Who may see whom in a packed sequence: the one function that knows.
+    """Who may see whom in a packed sequence, as a mask; attention.packed_attention does the same without one.
 
     Args:
         owner: (Q,) number of the segment that a query belongs to; prompts and completions are segments.
@@ -50,6 +58,19 @@ def tree_mask(owner: Tensor, parent: Tensor, key_owner: Tensor) -> Tensor:
     """
     related = (owner[:, None] == key_owner) | (parent[:, None] == key_owner)
     return related.tril(len(key_owner) - len(owner))
+
+
+def dense_mask(groups: Sequence[PackedGroup]) -> Tensor:
+    """(1, 1, S, S) boolean tree mask of a packed row: for eager attention, and the oracle of packed_attention."""
+    owner, parent, segment = [], [], 0
+    for group in groups:
+        prompt = segment
+        for length in (group.prompt_length, *group.lengths):
+            owner.append(torch.full((length,), segment))
+            parent.append(torch.full((length,), prompt))
+            segment += 1
+    owner, parent = (torch.cat(parts).to(groups[0].device) for parts in (owner, parent))  # (S,)
+    return tree_mask(owner, parent, owner)[None, None]
 
 
 def _key_weights(prompt: Prompt) -> Tensor:
@@ -69,42 +90,40 @@ def packed_layout(model: nn.Module, prompts: Sequence[Prompt], completions: Sequ
         prompts: one per group.
         completions: per group a list of (n_i,) id tensors.
     """
-    ids, positions, weights, owner, parent, token_rows, predict_rows = [], [], [], [], [], [], []
-    offset = segment = 0
+    ids, positions, weights, token_rows, predict_rows, offset = [], [], [], [], [], 0
     for prompt, group in zip(prompts, completions, strict=True):
         prompt_position = prompt_positions(model, prompt)  # (axes, P)
-        length, prompt_segment = len(prompt.input_ids), segment
+        length = len(prompt.input_ids)
         ids.append(prompt.input_ids.cpu())
         positions.append(prompt_position)
         weights.append(_key_weights(prompt))
-        owner.append(torch.full((length,), segment))
-        parent.append(torch.full((length,), segment))
-        last_of_prompt, offset, segment = offset + length - 1, offset + length, segment + 1
+        last_of_prompt, offset = offset + length - 1, offset + length
         for completion in group:
             rows = torch.arange(offset, offset + len(completion))
             ids.append(completion.cpu())
             restart = prompt_position.max() + 1
             positions.append((restart + torch.arange(len(completion))).expand(len(prompt_position), -1))
             weights.append(torch.zeros(len(completion), 2))
-            owner.append(torch.full((len(completion),), segment))
-            parent.append(torch.full((len(completion),), prompt_segment))
             token_rows.append(rows)
             predict_rows.append(torch.cat([torch.tensor([last_of_prompt]), rows[:-1]])[: len(rows)])
-            offset, segment = offset + len(completion), segment + 1
+            offset += len(completion)
     flat = [completion.cpu() for group in completions for completion in group]
     nothing = [torch.zeros(0, dtype=torch.long)]  # prompts alone (a prefill) are a layout too
     device = model_device(model)
-    owner, parent = torch.cat(owner).to(device), torch.cat(parent).to(device)  # (S,)
+    groups = [
+        PackedGroup(len(prompt.input_ids), [len(completion) for completion in group], device)
+        for prompt, group in zip(prompts, completions, strict=True)
+    ]
     return Layout(
         input_ids=torch.cat(ids)[None].to(device),
         position_ids=torch.cat(positions, dim=1)[:, None].to(device),  # (axes, 1, S)
-        attention_mask=tree_mask(owner, parent, owner)[None, None],
         key_weights=torch.cat(weights)[None].to(device),
         prompts=list(prompts),
         token_rows=torch.cat(token_rows + nothing).to(device),
         predict_rows=torch.cat(predict_rows + nothing).to(device),
         completion_ids=torch.cat(flat + nothing).to(device),
         lengths=[len(completion) for completion in flat],
+        groups=groups,
     )
 
 

@@ -23,7 +23,7 @@ from config import ConfigError, PolicyConfig, at_least, option, run_command
 from data.examples import load_examples
 from prompts import encode_prompt
 from rollout import Group
-from vlm import evaluating, load_policy, resolve_layers, token_statistics
+from vlm import TokenStatistics, evaluating, load_policy, resolve_layers, token_statistics
 
 ATTENTION_OF_NOTHING = -1.0  # the attention reward of an empty completion: its lower bound, so silence never pays
 
@@ -227,15 +227,20 @@ def score_group(model, group: Group, config) -> dict[str, Tensor]:
         "accuracy" in [0, 1], "total" (weighted sum), "tas" over all tokens and "tas_selected" over the uncertain ones
         (both NaN without boxes or without tokens).
     """
-    with evaluating(model):
-        statistics = group.statistics = token_statistics(
-            model,
-            group.prompt,
-            group.completions,
-            temperature=config.temperature,
-            layers=config.attention_layers,
-            query=config.attention_query,
-        )
+    with evaluating(model), torch.no_grad():
+        group.statistics = group_statistics(model, group, config)
+    return score_statistics(group, config)
+
+
+def group_statistics(model, group: Group, config) -> TokenStatistics:
+    """token_statistics of a group with the settings of a RewardConfig."""
+    options = {"temperature": config.temperature, "layers": config.attention_layers, "query": config.attention_query}
+    return token_statistics(model, group.prompt, group.completions, **options)
+
+
+def score_statistics(group: Group, config) -> dict[str, Tensor]:
+    """What score_group gives, from a group whose `statistics` are there."""
+    statistics = group.statistics
     has_region = bool(group.prompt.coverage.sum() > 0)
     rewards = {name: [] for name in (*COMPONENTS, "tas", "tas_selected")}
     for index, text in enumerate(group.texts):

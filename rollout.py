@@ -1,9 +1,9 @@
 """Sample a group of completions per prompt with the current policy.
 
-The prompt (picture included) is read once into a batch-1 cache. From then on every step feeds one new token per
-unfinished completion into that same cache under the tree mask: finished completions cost nothing, and the keys of the
-prompt exist once, not num_generations times. Several groups may be sampled side by side in one cache. Models with
-linear attention have no tree mask: there, every completion has a row of its own, after one reading of the prompt.
+The prompt (picture included) is read once. From then on every step feeds one new token per unfinished completion:
+finished completions cost nothing, and the keys of the prompt exist once, not num_generations times. Several groups may
+be sampled side by side. Models with linear attention cannot be packed: there, every completion has a row of its own,
+after one reading of the prompt.
 
     python rollout.py --data scenes:heldout --limit 8 --output rollouts.jsonl
     python rollout.py --model Qwen/Qwen3-VL-4B-Instruct --load_in_4bit --data mine.jsonl --output rollouts.jsonl
@@ -21,10 +21,11 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import DynamicCache
 
+from attention import PROBED_ATTENTION, SamplingCache
 from config import ConfigError, PolicyConfig, SamplingConfig, option, run_command
 from data.examples import DataError, load_examples
 from families import pictures_of
-from packing import model_layout, packed_layout, split_by_tokens, tree_mask
+from packing import Tokens, model_layout, packed_layout, split_by_tokens
 from prompts import (
     Prompt,
     base_model,
@@ -35,7 +36,15 @@ from prompts import (
     prompt_text,
     question_text,
 )
-from vlm import TokenStatistics, eos_token_ids, evaluating, forward_hidden, load_policy, suppressed_token_ids
+from vlm import (
+    TokenStatistics,
+    attention_name,
+    eos_token_ids,
+    evaluating,
+    forward_hidden,
+    load_policy,
+    suppressed_token_ids,
+)
 
 
 @dataclass
@@ -89,7 +98,7 @@ def sample_groups(
     top_p: float = 1.0,
     generators: Sequence[torch.Generator] | None = None,
     system_prompt: str | None = None,
-    sampling_tokens: int = 2048,
+    sampling_tokens: int = 8192,
 ) -> list[Group]:
     """Sample one group for each example, as many of them side by side in one packed cache as sampling_tokens holds.
 
@@ -123,7 +132,7 @@ def sample_groups(
     sizes = [len(prompt.input_ids) + num_generations * max_new_tokens for prompt in prompts]
     completions: list[Tensor] = []
     with evaluating(model):
-        for part in split_by_tokens(sizes, sampling_tokens if model_layout(model) == "packed" else 0):
+        for part in split_by_tokens(sizes, sampling_tokens if _is_packed(model) else 0):
             choose = partial(choose_tokens, temperature=temperature, top_p=top_p)
             completions += _sample(
                 model, processor, prompts[part], num_generations, max_new_tokens, choose, generators[part]
@@ -211,40 +220,41 @@ def sample_group(
     )[0]
 
 
-class _TreeCache:
-    """The prompts side by side, each once, and all tokens of all completions behind them, under the tree mask."""
+class _TreeSampler:
+    """The prompts side by side in one row, each once; every step feeds one token of each completion behind them."""
 
-    def __init__(self, model, prompts, num_generations):
+    def __init__(self, model, prompts, num_generations, max_new_tokens):
         self.model, device = model, model_device(model)
-        layout = packed_layout(model, prompts, [[] for _ in prompts])
-        self.cache = DynamicCache(config=base_model(model).config.get_text_config())
-        hidden = forward_hidden(
-            model, layout.input_ids, layout.position_ids, layout.attention_mask, prompts=prompts, cache=self.cache
-        )[0]  # (sum of P, D)
-        # A segment is a prompt (0 ... B-1) or a completion (B ...).
         lengths = torch.tensor([len(prompt.input_ids) for prompt in prompts])
-        self.key_owner = torch.arange(len(prompts)).repeat_interleave(lengths).to(device)  # (K,)
-        self.parent = torch.arange(len(prompts), device=device).repeat_interleave(num_generations)  # (B * G,)
-        self.segment = len(prompts) + torch.arange(len(self.parent), device=device)  # (B * G,)
-        starts = torch.stack([prompt_positions(model, prompt).max() + 1 for prompt in prompts]).to(device)
-        self.start, self.axes = starts[self.parent], len(layout.position_ids)
-        self.hidden = hidden[lengths.cumsum(0).to(device) - 1][self.parent]  # (B * G, D), the last token of each prompt
+        self.cache = SamplingCache(lengths.tolist(), max_new_tokens)
+        layout = packed_layout(model, prompts, [[] for _ in prompts])
+        hidden = forward_hidden(model, layout, self.cache)[0]  # (sum of P, D)
+        self.parent = torch.arange(len(prompts)).repeat_interleave(num_generations)  # (B * G,)
+        self.rows = torch.arange(len(self.parent), device=device)  # completions that have keys
+        starts = torch.stack([prompt_positions(model, prompt).max() + 1 for prompt in prompts])
+        self.start, self.axes = starts[self.parent].to(device), len(layout.position_ids)
+        self.hidden = hidden[(lengths.cumsum(0) - 1)[self.parent].to(device)]  # (B * G, D), each prompt's last token
 
     def feed(self, tokens: Tensor, alive: Tensor, step: int) -> Tensor:
         """The tokens (m,) of the completions `alive` (m,) to their last hidden states (m, D)."""
-        self.key_owner = torch.cat([self.key_owner, self.segment[alive]])  # (K + m,)
-        mask = tree_mask(self.segment[alive], self.parent[alive], self.key_owner)  # (m, K + m)
+        kept = torch.searchsorted(self.rows, alive) if len(alive) < len(self.rows) else None
+        self.rows = alive
+        of_prompts = self.parent[alive.cpu()].bincount(minlength=len(self.cache.prompt_lengths))
+        self.cache.begin_token(kept, of_prompts.tolist())
         positions = (self.start[alive] + step).expand(self.axes, 1, -1)  # (axes, 1, m)
-        return forward_hidden(self.model, tokens[None], positions, mask[None, None], cache=self.cache)[0]
+        return forward_hidden(self.model, Tokens(tokens[None], positions), self.cache)[0]
 
 
-class _RowCache:
-    """One row for each completion of one prompt, which is read once: for models that have no tree mask."""
+class _RowSampler:
+    """One row for each completion of one prompt, which is read once: for models that cannot be packed."""
 
-    def __init__(self, model, prompts, num_generations):
-        prompt_only = _TreeCache(model, prompts, num_generations)
-        self.model, self.cache, self.hidden = model, prompt_only.cache, prompt_only.hidden  # (G, D)
-        self.start, self.axes = prompt_only.start, prompt_only.axes
+    def __init__(self, model, prompts, num_generations, _):
+        (prompt,) = prompts
+        layout = packed_layout(model, [prompt], [[]])
+        self.model, self.cache = model, DynamicCache(config=base_model(model).config.get_text_config())
+        hidden = forward_hidden(model, Tokens(layout.input_ids, layout.position_ids, prompts=[prompt]), self.cache)
+        self.hidden = hidden[0, -1].expand(num_generations, -1)  # (G, D)
+        self.start, self.axes = layout.position_ids.max() + 1, len(layout.position_ids)
         self.rows = torch.arange(num_generations, device=self.start.device)  # completions that have a row
         self.cache.reorder_cache(torch.zeros_like(self.rows))
 
@@ -252,8 +262,13 @@ class _RowCache:
         if len(alive) < len(self.rows):  # rows of finished completions cost nothing more
             self.cache.reorder_cache(torch.searchsorted(self.rows, alive))
             self.rows = alive
-        positions = (self.start[alive] + step).expand(self.axes, -1)[:, :, None]  # (axes, m, 1)
-        return forward_hidden(self.model, tokens[:, None], positions, None, cache=self.cache)[:, 0]
+        positions = (self.start + step).expand(self.axes, len(alive), 1)  # (axes, m, 1)
+        return forward_hidden(self.model, Tokens(tokens[:, None], positions), self.cache)[:, 0]
+
+
+def _is_packed(model) -> bool:
+    """Whether groups can be sampled side by side: not with linear attention, and not with eager attention."""
+    return model_layout(model) == "packed" and attention_name(model) == PROBED_ATTENTION
 
 
 def _sample(model, processor, prompts, num_generations, max_new_tokens, choose, generators) -> list[Tensor]:
@@ -261,9 +276,8 @@ def _sample(model, processor, prompts, num_generations, max_new_tokens, choose, 
     device, head = model_device(model), base_model(model).get_output_embeddings()
     ends = torch.tensor(sorted(eos_token_ids(model, processor)), device=device)
     suppressed = suppressed_token_ids(model, processor).to(device)
-    caches = {"packed": _TreeCache, "padded": _RowCache}
-    cache = caches[model_layout(model)](model, prompts, num_generations)
-    hidden = cache.hidden  # (B * G, D)
+    sampler = (_TreeSampler if _is_packed(model) else _RowSampler)(model, prompts, num_generations, max_new_tokens)
+    hidden = sampler.hidden  # (B * G, D)
 
     tokens = torch.zeros(len(hidden), max_new_tokens, dtype=torch.long, device=device)
     counts = torch.full((len(hidden),), max_new_tokens)
@@ -280,7 +294,7 @@ def _sample(model, processor, prompts, num_generations, max_new_tokens, choose, 
         alive, drawn = alive[~ended], drawn[~ended]
         if len(alive) == 0 or step + 1 == max_new_tokens:
             break
-        hidden = cache.feed(drawn, alive, step)  # (m, D)
+        hidden = sampler.feed(drawn, alive, step)  # (m, D)
     tokens = tokens.cpu()
     return [row[:count] for row, count in zip(tokens, counts.tolist(), strict=True)]
 

@@ -31,7 +31,7 @@ from data.examples import load_examples
 from evaluate import evaluate_shared, format_table, report, with_nan, without_nan
 from metrics import StageClock, group_metrics, step_metrics
 from prompts import base_model
-from reward import COMPONENTS, RewardConfig, score_group
+from reward import COMPONENTS, RewardConfig, group_statistics, score_statistics
 from rollout import Group, check_prompts, group_generator, max_positions, sample_groups
 from visualize import plot_curves
 from vlm import evaluating, group_logprobs, load_policy, resolve_layers
@@ -219,9 +219,6 @@ def train_step(model, processor, optimizer, examples, step: int, config: Config,
             system_prompt=config.system_prompt,
             sampling_tokens=config.sampling_tokens,
         )
-    with clock.stage("reward", device):
-        scores = [score_group(model, group, config) for group in groups]
-        advantages = [group_advantages(score["total"], config.advantage_scale) for score in scores]
     references: list = [None] * len(groups)
     if config.beta:
         with clock.stage("reference", device), torch.no_grad(), evaluating(model), model.disable_adapter():
@@ -230,16 +227,23 @@ def train_step(model, processor, optimizer, examples, step: int, config: Config,
     completion_tokens = torch.tensor([float(len(c)) for group in groups for c in group.completions])
     num_items = accelerator.reduce(completion_tokens.sum().to(device), "sum").item() / accelerator.num_processes
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    rows: list[dict] = []
+    scores, advantages, rows = [], [], []
     with clock.stage("update", device):
-        for _ in range(config.num_iterations):
+        for iteration in range(config.num_iterations):
             rows = []
-            for group, score, advantage, reference in zip(groups, scores, advantages, references, strict=True):
+            for number, (group, reference) in enumerate(zip(groups, references, strict=True)):
+                if iteration == 0:  # still the policy that sampled: one forward gives the rewards and the loss
+                    statistics = group_statistics(model, group, config)
+                    group.statistics, logps = statistics.detached(), statistics.logps
+                    scores.append(score_statistics(group, config))
+                    advantages.append(group_advantages(scores[number]["total"], config.advantage_scale))
+                else:
+                    logps = _logprobs(model, group, config)
                 loss, stats = grpo_loss(
-                    _logprobs(model, group, config),
+                    logps,
                     group.statistics.logps,
                     reference,
-                    advantage,
+                    advantages[number],
                     beta=config.beta,
                     clip_low=config.clip_low,
                     clip_high=config.clip_high,
@@ -248,7 +252,8 @@ def train_step(model, processor, optimizer, examples, step: int, config: Config,
                     num_items=num_items / groups_here,  # the loss is divided by groups_here below, for all types alike
                 )
                 (loss / groups_here).backward()
-                rows.append(group_metrics(group, score, advantage, config) | stats | {"loss": loss.item()})
+                metrics = group_metrics(group, scores[number], advantages[number], config)
+                rows.append(metrics | stats | {"loss": loss.item()})
             _average_gradients(parameters, accelerator)
             grad_norm = torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm).item()
             if not math.isfinite(grad_norm):

@@ -13,18 +13,18 @@ import re
 import warnings
 from collections.abc import Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, BitsAndBytesConfig
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, BitsAndBytesConfig, Cache
 
-from attention import PROBED_ATTENTION, AttentionProbe
+from attention import PROBED_ATTENTION, AttentionProbe, SamplingCache
 from families import FAMILIES, LANGUAGE_MODULE, PolicyError, pictures_of, unsupported
-from packing import LAYOUTS, Layout, layer_types, model_layout
+from packing import LAYOUTS, Layout, Tokens, dense_mask, layer_types, model_layout
 from prompts import Prompt, base_model, encode_prompt, image_features, region_coverage
 
 __all__ = [
@@ -40,7 +40,7 @@ __all__ = [
     "token_statistics",
 ]
 
-LOGIT_CHUNK_ELEMENTS = 2**24  # float32 logits that exist at a time: 64 MB, whatever the vocabulary
+LOGIT_CHUNK_ELEMENTS = 2**24  # float32 logits that exist at a time: 64 MB, which malloc gives back at once
 
 
 # --- loading ----------------------------------------------------------------------------------------------------
@@ -223,33 +223,40 @@ def evaluating(model: nn.Module):
         model.train(training)
 
 
-def forward_hidden(model: nn.Module, input_ids, position_ids, attention_mask, *, prompts=None, cache=None) -> Tensor:
-    """One forward of the model without its head: (B, S) ids to (B, S, D) last hidden states.
+def forward_hidden(model: nn.Module, batch: Tokens, cache: Cache | SamplingCache | None = None) -> Tensor:
+    """One forward of the model without its head: the last hidden states (B, S, D).
 
     Args:
-        input_ids: (B, S). position_ids: (axes, B, S).
-        attention_mask: (B, S) of 0 and 1, or boolean (B, 1, S, keys), True where a row may see a key.
-        prompts: whose pictures stand in input_ids, in order; None when there are none (later sampling steps).
-        cache: a transformers Cache that holds the keys so far and takes the new ones.
+        batch: tokens, positions and who sees whom; its prompts' pictures stand in its input_ids (none when it has no
+            prompts, as in later sampling steps).
+        cache: holds the keys so far and takes the new ones; a SamplingCache with packed rows.
     """
-    inner = base_model(model).model
-    if attention_mask is not None and attention_mask.dtype == torch.bool and _attention_name(model) == "eager":
+    inner, options, mask = base_model(model).model, {}, batch.attention_mask
+    if batch.groups is not None and attention_name(model) != PROBED_ATTENTION:
         # Eager attention adds its mask to the scores: a boolean one would add 0 and 1, silently.
         dtype = base_model(model).get_input_embeddings().weight.dtype
-        lowest = torch.finfo(dtype).min
-        attention_mask = torch.where(attention_mask, 0.0, lowest).to(dtype)
-    encoded = {"image": image_features(model, prompts)} if prompts else None
+        mask = torch.where(dense_mask(batch.groups), 0.0, torch.finfo(dtype).min).to(dtype)
+    elif batch.groups is not None:
+        options["packed_groups"] = batch.groups
+    if isinstance(cache, SamplingCache):
+        options["sampling_cache"], cache = cache, None
+    if options:
+        # transformers hands a mask of four dimensions through as it is. This one holds nothing: the function that
+        # computes attention has its own arguments, and takes them along when gradient checkpointing calls it again.
+        mask = torch.empty(1, 1, 0, 0, device=batch.input_ids.device)
+    encoded = {"image": image_features(model, batch.prompts)} if batch.prompts else None
     return inner(
-        input_ids=input_ids,
-        position_ids=position_ids if len(position_ids) == 3 else position_ids[0],
-        attention_mask=attention_mask,
+        input_ids=batch.input_ids,
+        position_ids=batch.position_ids if len(batch.position_ids) == 3 else batch.position_ids[0],
+        attention_mask=mask,
         mm_encoder_outputs=encoded,
         past_key_values=cache,
         use_cache=cache is not None,
+        **options,
     ).last_hidden_state
 
 
-def _attention_name(model: nn.Module) -> str:
+def attention_name(model: nn.Module) -> str:
     return base_model(model).config.get_text_config()._attn_implementation
 
 
@@ -257,12 +264,16 @@ def _attention_name(model: nn.Module) -> str:
 
 
 def _chunk_logprobs(head: nn.Module, hidden: Tensor, ids: Tensor, temperature: float, with_entropy: bool):
-    logits = head(hidden).float() / temperature  # (rows, V)
+    logits = head(hidden).float()  # (rows, V)
+    if temperature != 1:
+        logits = logits / temperature
     log_normalizer = logits.logsumexp(-1)  # (rows,)
     logps = logits.gather(-1, ids[:, None])[:, 0] - log_normalizer
     if not with_entropy:
         return logps, None
-    return logps, log_normalizer - ((logits - log_normalizer[:, None]).exp() * logits).sum(-1)
+    with torch.no_grad():
+        probabilities = (logits - log_normalizer[:, None]).exp_()
+        return logps, log_normalizer - probabilities.mul_(logits).sum(-1)
 
 
 def row_logprobs(head: nn.Module, hidden: Tensor, ids: Tensor, temperature: float, with_entropy: bool = False):
@@ -308,7 +319,7 @@ def group_logprobs(
         ValueError: the layout's name is not one of the two, or "packed" for a model with linear attention.
     """
     batch = LAYOUTS[model_layout(model, layout)](model, [prompt], [completions])
-    hidden = forward_hidden(model, batch.input_ids, batch.position_ids, batch.attention_mask, prompts=batch.prompts)
+    hidden = forward_hidden(model, batch)
     rows = hidden.flatten(0, 1)[batch.predict_rows]  # (T, D)
     logps, _ = row_logprobs(base_model(model).get_output_embeddings(), rows, batch.completion_ids, temperature)
     return list(logps.split(batch.lengths))
@@ -325,6 +336,9 @@ class TokenStatistics:
     entropies: list[Tensor]  # nats, of the distribution that the token was drawn from
     target_attention: list[Tensor]  # mean over heads, layers and covered image tokens
     image_attention: list[Tensor]  # mean over heads, layers and all image tokens
+
+    def detached(self) -> TokenStatistics:
+        return replace(self, logps=[logp.detach() for logp in self.logps])
 
 
 def resolve_layers(model: nn.Module, layers: Sequence[int]) -> list[int]:
@@ -349,16 +363,15 @@ def _probed_forward(model: nn.Module, batch: Layout, layers: Sequence[int], quer
     """(B, S, D) hidden states, and (T, W) attention of every completion token on the columns of batch.key_weights."""
     if query not in ("token", "predictor"):
         raise ValueError(f'attention_query={query!r}: valid are "token" and "predictor"')
-    if _attention_name(model) != PROBED_ATTENTION:
+    if attention_name(model) != PROBED_ATTENTION:
         raise ValueError('attention rows are read in the "sdpa" path: load the policy with attn="sdpa"')
     layers = resolve_layers(model, layers)
     rows = batch.token_rows if query == "token" else batch.predict_rows
     with AttentionProbe(layers, rows, batch.key_weights) as probe:
-        hidden = forward_hidden(model, batch.input_ids, batch.position_ids, batch.attention_mask, prompts=batch.prompts)
+        hidden = forward_hidden(model, batch)
     return hidden, torch.stack([probe.results[layer] for layer in layers]).mean(0)
 
 
-@torch.no_grad()
 def token_statistics(
     model: nn.Module,
     prompt: Prompt,
@@ -370,6 +383,8 @@ def token_statistics(
     layout: str | None = None,
 ) -> TokenStatistics:
     """Log-probs, entropies and attention on target and image of every completion token, in one forward.
+
+    Where gradients are on, the log-probs are differentiable: one forward serves the rewards and the update.
 
     Args:
         completions: G id tensors of shape (n_i,).

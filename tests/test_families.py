@@ -142,7 +142,7 @@ def test_coverage_is_what_the_tower_sees_at_many_sizes(towers, family, size):
 def test_coverage_is_what_the_tower_sees_of_any_pictures(towers, family, data):
     sizes, boxes = [], []
     for _ in range(data.draw(st.integers(1, 3))):
-        width, height = data.draw(st.integers(1, 260)), data.draw(st.integers(2, 260))
+        width, height = data.draw(st.integers(2, 260)), data.draw(st.integers(2, 260))
         sizes.append((width, height))
         boxes.append([])
         for _ in range(data.draw(st.integers(0, 2))):

@@ -152,9 +152,7 @@ def test_several_groups_in_one_sequence_do_not_see_each_other(policy, examples):
     completions = [ragged_completions(processor, lengths, seed=i) for i, lengths in enumerate([(3, 5), (), (2, 9, 1)])]
     layout = packed_layout(model, prompts, completions)
     with torch.no_grad():
-        hidden = vlm.forward_hidden(
-            model, layout.input_ids, layout.position_ids, layout.attention_mask, prompts=layout.prompts
-        )
+        hidden = vlm.forward_hidden(model, layout)
         head = base_model(model).get_output_embeddings()
         together, _ = row_logprobs(head, hidden[0, layout.predict_rows], layout.completion_ids, 1.0)
         alone = [group_logprobs(model, prompts[i], completions[i]) for i in (0, 2)]

@@ -1,0 +1,100 @@
+"""The benchmark: every variant does the same work, and the floor is the work that is really done."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+import bench
+from bench import BenchConfig, build_model, example, measure_sampling, measure_sayo, multiply_adds, picture
+from config import ConfigError, read_config
+from prompts import encode_prompt
+from vlm import group_logprobs, load_policy
+
+SMALL = {"image_tokens": 16, "num_generations": 3, "max_new_tokens": 5, "hidden_size": 64, "num_layers": 2}
+
+
+def test_this_project_and_trl_are_compared(tmp_path):
+    flags = [f"--{name}={value}" for name, value in (SMALL | {"repeats": 1}).items()]
+    output = tmp_path / "bench.json"
+    command = [sys.executable, "bench.py", *flags, "--variants", "packed", "trl", "--output", str(output)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    (point,) = json.loads(output.read_text())["points"]
+    assert set(point["results"]) == {"packed", "trl"}
+    for found in point["results"].values():
+        assert found["seconds"]["step"] > 0 and found["peak_megabytes"] >= found["baseline_megabytes"] > 100
+    assert set(point["results"]["packed"]["seconds"]) == {"step", "rollout", "reference", "update"}
+    assert "trl / packed" in done.stdout and "floor" in done.stdout
+    bench.plot([point | {"sweep": name} for name in bench.SWEEPS], tmp_path / "bench.png")
+    assert (tmp_path / "bench.png").stat().st_size > 10_000
+
+
+def test_both_layouts_are_measured_by_stage_and_the_sampling_of_several_groups(tmp_path):
+    config = BenchConfig(**SMALL, repeats=1)
+    build_model(config, tmp_path)
+    for layout in ("packed", "padded"):
+        found = measure_sayo(config, str(tmp_path), layout)
+        assert len(found["steps"]) == 2
+        assert all(0 < stage <= step["step"] for step in found["steps"] for stage in step.values())
+    curve = measure_sampling(config, str(tmp_path))
+    assert [point["groups"] for point in curve] == [1, 2, 4, 8, 16, 32]
+    assert all(point["tokens_per_second"] > 0 for point in curve)
+
+
+def test_the_floor_counts_the_multiply_adds_of_a_forward(tmp_path):
+    """PyTorch's own counter of the matrix products, without attention, is the oracle."""
+    config = BenchConfig(**SMALL)
+    parameters = build_model(config, tmp_path)
+    model, processor = load_policy(str(tmp_path), lora_rank=0, dtype="float32")
+    model.requires_grad_(False)  # a frozen tower runs once
+    prompt = encode_prompt(processor, example(config))
+    completions = [torch.arange(5) for _ in range(3)]
+    with torch.no_grad():
+        group_logprobs(model, prompt, completions)  # keeps the picture's features
+        with FlopCounterMode(display=False) as counter:
+            group_logprobs(model, prompt, completions)
+    counts = counter.get_flop_counts()["Global"]
+    products = sum(count for name, count in counts.items() if "attention" not in str(name)) / 2
+    tokens = len(prompt.input_ids) + 15
+    attention = 2 * (len(prompt.input_ids) ** 2 / 2 + 15 * len(prompt.input_ids) + 15 * 5 / 2) * 64 * 2
+    floor = multiply_adds(config, parameters, len(prompt.input_ids))
+    forward = tokens * parameters["text"] + 15 * parameters["head"]
+    assert products == pytest.approx(forward, rel=0.02)
+    assert floor["reference + update"] == pytest.approx(
+        3 * (forward - 15 * parameters["head"]) + 4 * attention + 4 * 15 * parameters["head"], rel=1e-6
+    )
+
+
+@pytest.mark.parametrize("image_tokens", [1, 64, 96, 1024])
+def test_a_picture_becomes_so_many_tokens(image_tokens):
+    image = picture(image_tokens)
+    assert image.width * image.height == 32 * 32 * image_tokens
+    assert image.width % 32 == image.height % 32 == 0 and image.width < 40 * image.height
+
+
+def test_log_probs_of_a_large_vocabulary_stay_in_small_memory():
+    """152,000 tokens x 1,760 rows in float32 are 1 GB, and a softmax with its gradient several times that."""
+    code = """
+import resource, torch
+from vlm import row_logprobs
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+head = torch.nn.Linear(16, 152_000, bias=False).requires_grad_(False)
+hidden, ids = torch.randn(1760, 16, requires_grad=True), torch.randint(152_000, (1760,))
+before = peak()
+logps, entropies = row_logprobs(head, hidden, ids, 1.0, with_entropy=True)
+logps.sum().backward()
+print(peak() - before)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout) < 400
+
+
+def test_problems_of_the_settings():
+    with pytest.raises(ConfigError) as error:
+        read_config(BenchConfig, ["--variants", "packed", "verl", "--num_generations", "1", "--hidden_size", "100"])
+    assert all(word in str(error.value) for word in ("verl", "num_generations=1", "hidden_size=100"))
