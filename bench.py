@@ -32,6 +32,7 @@ from tqdm import tqdm
 from config import EMBEDDED_POLICY, ConfigError, at_least, option, run_command
 
 VARIANTS = ("packed", "padded", "trl")
+RANK = 16  # of LoRA
 PROMPT_TEXT = 22  # tokens of the prompt beside those of the picture
 SWEEPS = {
     "image_tokens": (64, 128, 256, 512, 1024, 2048),
@@ -93,8 +94,11 @@ def build_model(config: BenchConfig, folder: Path) -> dict[str, int]:
     model.generation_config.eos_token_id = processor.tokenizer.eos_token_id
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
-    parts = {"text": model.model.language_model.layers, "vision": model.model.visual, "head": model.lm_head}
-    return {name: sum(parameter.numel() for parameter in part.parameters()) for name, part in parts.items()}
+    layers = model.model.language_model.layers
+    parts = {"text": layers, "vision": model.model.visual, "head": model.lm_head}
+    counts = {name: sum(parameter.numel() for parameter in part.parameters()) for name, part in parts.items()}
+    linears = [module for module in layers.modules() if isinstance(module, torch.nn.Linear)]
+    return counts | {"lora": sum(RANK * (linear.in_features + linear.out_features) for linear in linears)}
 
 
 def picture(image_tokens: int) -> Image.Image:
@@ -119,7 +123,7 @@ def measure_sayo(config: BenchConfig, folder: str, layout: str) -> dict:
     import vlm
     from train_rl import Config, train_step
 
-    model, processor = vlm.load_policy(folder, lora_rank=16, dtype="float32")
+    model, processor = vlm.load_policy(folder, lora_rank=RANK, dtype="float32")
     settings = Config(
         groups_per_step=1, num_generations=config.num_generations, max_new_tokens=config.max_new_tokens, top_p=1.0
     )
@@ -197,7 +201,7 @@ def measure_trl(config: BenchConfig, folder: str) -> dict:
         args=arguments,
         train_dataset=datasets.Dataset.from_list(rows).cast_column("image", datasets.Image()),
         processing_class=processor,
-        peft_config=LoraConfig(r=16, lora_alpha=32, target_modules=targets, task_type="CAUSAL_LM"),
+        peft_config=LoraConfig(r=RANK, lora_alpha=32, target_modules=targets, task_type="CAUSAL_LM"),
         callbacks=[Clock()],
     ).train()
     assert set(lengths) == {config.max_new_tokens}
@@ -209,7 +213,7 @@ def measure_sampling(config: BenchConfig, folder: str) -> list[dict]:
     import rollout
     from vlm import load_policy
 
-    model, processor = load_policy(folder, lora_rank=16, dtype="float32")
+    model, processor = load_policy(folder, lora_rank=RANK, dtype="float32")
     points = []
     with mock.patch.object(rollout, "eos_token_ids", lambda *_: set()):
         for count in (1, 2, 4, 8, 16, 32):
@@ -255,8 +259,9 @@ def matrix_speed(threads: int) -> float:
 def multiply_adds(config: BenchConfig, parameters: dict[str, int], prompt_tokens: int) -> dict[str, float]:
     """What the stages of a packed step cannot do without, in multiply-adds.
 
-    A forward over P + G C tokens; its backward, which for frozen weights makes only the gradients of activations; the
-    reference's forward. In attention, prompt tokens see the prompt, completion tokens the prompt and their own past.
+    A forward over P + G C tokens; its backward, which makes the gradients of activations and, for the adapter alone,
+    of weights; the reference's forward, without the adapter. In attention, prompt tokens see the prompt, completion
+    tokens the prompt and their own past.
     """
     group, length = config.num_generations, config.max_new_tokens
     tokens = prompt_tokens + group * length
@@ -266,10 +271,11 @@ def multiply_adds(config: BenchConfig, parameters: dict[str, int], prompt_tokens
     head = group * length * parameters["head"]
     forward = tokens * parameters["text"] + attention + head
     backward = tokens * parameters["text"] + 2 * attention + 2 * head  # the head's rows are computed again
+    adapter = tokens * parameters["lora"]
     patches = 4 * config.image_tokens
     vision = patches * parameters["vision"] + 4 * 192 * patches**2
     sampling = forward - attention + group * length * prompt_tokens * 2 * heads_width * config.num_layers
-    return {"vision": vision, "sampling": sampling, "reference + update": 2 * forward + backward}
+    return {"vision": vision, "sampling": sampling, "reference + update": 2 * forward + backward + 3 * adapter}
 
 
 # --- command line ------------------------------------------------------------------------------------------------
@@ -365,7 +371,8 @@ def main(config: BenchConfig) -> None:
     points, speed = [], matrix_speed(config.threads)
     with tempfile.TemporaryDirectory() as folder:
         parameters = build_model(config, Path(folder))
-        print(f"{sum(parameters.values()) / 1e6:.1f} M parameters, {speed / 1e9:.0f} G multiply-adds a second")
+        total = sum(parameters[name] for name in ("text", "vision", "head"))
+        print(f"{total / 1e6:.1f} M parameters, {speed / 1e9:.0f} G multiply-adds a second")
         if config.sampling:
             curve = measure_sampling(config, folder)
             Path(config.output).write_text(json.dumps({"config": asdict(config), "sampling": curve}, indent=1))

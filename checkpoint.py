@@ -4,7 +4,6 @@ A checkpoint holds the adapter, the optimizer and the schedule. Nothing else is 
 random number are functions of (seed, step).
 """
 
-import json
 import os
 import shutil
 from dataclasses import asdict
@@ -13,7 +12,7 @@ from pathlib import Path
 import torch
 import yaml
 
-from config import ConfigError
+from config import ConfigError, read_jsonl
 
 MAY_CHANGE = ("max_steps", "save_steps", "resume", "report_to", "sampling_tokens", "output_dir")
 
@@ -54,8 +53,8 @@ def keep_steps_until(path: Path, last_step: int) -> None:
     """Drop the rows of a JSONL file behind last_step: the steps that a resumed run does again."""
     if not path.exists():
         return
-    whole = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
-    path.write_text("".join(line for line in whole if json.loads(line)["step"] <= last_step))
+    kept = [line + "\n" for line, row in read_jsonl(path) if row["step"] <= last_step]
+    path.write_text("".join(kept), encoding="utf-8")
 
 
 def open_run(config) -> Path | None:

@@ -1,7 +1,9 @@
 """Settings: the fields that the scripts share, and reading them from flags and YAML with every problem said at once."""
 
 import difflib
+import json
 import math
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
@@ -45,7 +47,10 @@ class PolicyConfig:
     adapter: str | None = option(None, "Folder or Hub id of a LoRA adapter to start from.")
     load_in_4bit: bool = option(False, "Load the language model in 4 bits (NF4, bitsandbytes).")
     dtype: str = option("auto", "Number format of the weights; auto takes the checkpoint's own.", DTYPES)
-    max_pixels: int | None = option(None, "Shrink pictures to at most this many pixels (area) before they are tokens.")
+    max_pixels: int | None = option(
+        None,
+        "Shrink pictures to about this many pixels (area); a thumbnail comes on top.",
+    )
     system_prompt: str = option(SYSTEM_PROMPT, "Text of the system turn; an empty one leaves the turn out.")
     data: str = option("scenes", "Examples: .jsonl, .json, .parquet, datasets folder, Hub id, scenes, scenes:heldout.")
     split: str = option("train", "Split of a datasets folder or a Hub dataset.")
@@ -98,6 +103,49 @@ class SamplingConfig:
         if not 0 < self.top_p <= 1:
             found.append(f"top_p={self.top_p}: give more than 0, at most 1")
         return found
+
+
+def writable(config, *names: str, suffixes: tuple = ()) -> list[str]:
+    """A sentence for every named field that is no file that could be written; None passes."""
+    found = []
+    for name in names:
+        value = getattr(config, name)
+        if value is None:
+            continue
+        path = Path(value)
+        existing = next(parent for parent in path.absolute().parents if parent.exists())
+        if path.is_dir() or not existing.is_dir() or not os.access(existing, os.W_OK):
+            found.append(f"{name}={value!r}: give the name of a file in a folder that can be written to")
+        elif suffixes and path.suffix.lower() not in suffixes:
+            found.append(f"{name}={value!r}: give a name that ends in {' or '.join(suffixes)}")
+    return found
+
+
+def read_jsonl(path: Path) -> list[tuple[str, dict]]:
+    """(line, object) of every line. A last one that is cut off was being written when a run stopped: it is left out.
+
+    Raises:
+        ConfigError: the file is no text, or a line is not one JSON object.
+    """
+    try:
+        lines = Path(path).read_text(encoding="utf-8").split("\n")  # not splitlines: texts may hold other line breaks
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{str(path)!r} is not a text file: {error}") from error
+    rows = []
+    for number, line in enumerate(lines, 1):
+        try:
+            row = json.loads(line) if line.strip() else None
+        except ValueError as error:
+            if number == len(lines):
+                break
+            raise ConfigError(
+                f"{str(path)!r}, line {number} is not JSON: {error}; give a file of JSON lines"
+            ) from error
+        if row is not None and not isinstance(row, dict):
+            raise ConfigError(f"{str(path)!r}, line {number} is not a JSON object: {line[:60]!r}")
+        if row is not None:
+            rows.append((line, row))
+    return rows
 
 
 def at_least(config, lowest: float, *names: str) -> list[str]:

@@ -22,7 +22,7 @@ from tqdm import tqdm
 from config import PolicyConfig, at_least, option, run_command
 from data.examples import load_examples
 from reward import RewardConfig, score_group
-from rollout import check_prompts, max_positions, sample_groups
+from rollout import check_prompts, sample_groups
 from vlm import load_policy, resolve_layers
 
 METRICS = ("accuracy", "format", "tas", "tas_selected", "length", "truncated")
@@ -164,7 +164,7 @@ def main(config: EvaluateConfig) -> None:
     model, processor = load_policy(**config.policy_arguments(lora_rank=0))
     model.requires_grad_(False)  # a frozen vision tower's features are kept from sampling to scoring
     resolve_layers(model, config.attention_layers)
-    check_prompts(max_positions(model), processor, examples, config.system_prompt, config.max_new_tokens)
+    check_prompts(model, processor, examples, config, config.max_new_tokens)
     with model.disable_adapter() if config.adapter else nullcontext():
         base = evaluate_policy(model, processor, examples, config, description="base")
     adapter = None

@@ -16,6 +16,7 @@ from data.examples import DataError, load_picture
 from data.regions import paint_region
 from families import LANGUAGE_MODULE, PolicyError, pictures_of
 
+LARGE_PICTURE = 2**23  # pixels
 SYSTEM_PROMPT = (
     "Look at the part of the image that the question is about, reason briefly, then answer in <answer></answer>."
 )
@@ -179,17 +180,24 @@ def token_cells(processor, image: Image.Image) -> Tensor:
     """Where each token of a picture comes from: (N, 4) boxes [x1, y1, x2, y2] in its pixels, for drawing.
 
     Two ramps, x and y of every pixel, go through the model's own processor; what arrives in a token's cell says where
-    it was. With tiles and a thumbnail, cells lie on top of each other.
+    it was. With tiles and a thumbnail, cells lie on top of each other. For pictures of more than LARGE_PICTURE pixels
+    the ramps have 256 steps, which is all that memory allows and finer than a drawing shows.
     """
-    x = (torch.arange(image.width) + 0.5).expand(image.height, -1)
-    y = (torch.arange(image.height) + 0.5)[:, None].expand(-1, image.width)
-    ramps = _processed(processor, torch.stack([x, y, torch.zeros_like(x)]), do_rescale=False)  # (3, H, W) in
-    pixels = pictures_of(processor).token_pixels(ramps, processor)[:, :2]  # (N, 2, pixels)
+    is_large, limit = image.width * image.height > LARGE_PICTURE, torch.tensor([image.width, image.height])
+    ramps = [torch.arange(side) + 0.5 for side in (image.width, image.height)]
+    if is_large:
+        ramps = [(ramp * 255 / len(ramp)).round().to(torch.uint8) for ramp in ramps]
+    x, y = ramps[0].expand(image.height, -1), ramps[1][:, None].expand(-1, image.width)
+    options = {"do_rescale": False, "input_data_format": "channels_first"}
+    processed = _processed(processor, torch.stack([x, y, x]), **options)  # (3, H, W) in
+    pixels = pictures_of(processor).token_pixels(processed, processor)[:, :2].float()  # (N, 2, pixels)
+    if is_large:
+        pixels = pixels * limit[:, None] / 255
     side = math.isqrt(pixels.shape[-1])
     # From the centres of the outermost pixels to their edges.
     low, high = pixels.min(-1).values, pixels.max(-1).values  # (N, 2)
     margin = (high - low) / (2 * max(1, side - 1))
-    limit = torch.tensor([image.width, image.height])
+    margin = margin.where(high > low, 0.5)  # a picture one pixel wide has no slope
     return torch.cat([(low - margin).clamp(min=0), torch.minimum(high + margin, limit)], dim=1)
 
 

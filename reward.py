@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from config import ConfigError, PolicyConfig, at_least, option, run_command
+from config import ConfigError, PolicyConfig, at_least, option, read_jsonl, run_command, writable
 from data.examples import load_examples
 from prompts import encode_prompt
 from rollout import Group
@@ -267,6 +267,9 @@ def score_statistics(group: Group, config) -> dict[str, Tensor]:
 # --- command line -----------------------------------------------------------------------------------------------
 
 
+WRITTEN_BY_ROLLOUT = ("id", "prompt_tokens", "texts", "truncated", "completion_ids")
+
+
 @dataclass
 class ScoreConfig(RewardConfig, PolicyConfig):
     """Score the completions that rollout.py wrote; model, data and system prompt must be the same as there."""
@@ -274,18 +277,27 @@ class ScoreConfig(RewardConfig, PolicyConfig):
     rollouts: str = option("rollouts.jsonl", "What rollout.py wrote.")
     output: str = option("rewards.jsonl", "JSONL file to write: each row of rollouts with its rewards.")
 
+    def problems(self) -> list[str]:
+        return super().problems() + writable(self, "output")
+
 
 def main(config: ScoreConfig) -> None:
     path = Path(config.rollouts)
     if not path.is_file():
         raise ConfigError(f"rollouts={config.rollouts!r}: no such file; make it with python rollout.py --output {path}")
-    rows = {row["id"]: row for row in map(json.loads, path.read_text().splitlines())}
+    rows = {}
+    for _, row in read_jsonl(path):
+        if missing := [name for name in WRITTEN_BY_ROLLOUT if name not in row]:
+            raise ConfigError(
+                f"rollouts={config.rollouts!r}: a row has no {', '.join(missing)}; give what rollout.py wrote"
+            )
+        rows[row["id"]] = row
     examples = load_examples(config.data, **config.data_arguments(), require_boxes=False)
     model, processor = load_policy(**config.policy_arguments(lora_rank=0))
     resolve_layers(model, config.attention_layers)
     Path(config.output).parent.mkdir(parents=True, exist_ok=True)
     sums, scored = {}, 0
-    with Path(config.output).open("w") as file:
+    with Path(config.output).open("w", encoding="utf-8") as file:
         for example in tqdm(examples, desc="reward", unit="group"):
             row = rows.pop(example["id"], None)
             if row is None:

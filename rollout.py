@@ -11,6 +11,7 @@ after one reading of the prompt.
 
 import json
 import random
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -22,7 +23,7 @@ from tqdm import tqdm
 from transformers import DynamicCache
 
 from attention import PROBED_ATTENTION, SamplingCache
-from config import ConfigError, PolicyConfig, SamplingConfig, option, run_command
+from config import ConfigError, PolicyConfig, SamplingConfig, option, read_jsonl, run_command, writable
 from data.examples import DataError, load_examples
 from families import pictures_of
 from packing import Tokens, model_layout, packed_layout, split_by_tokens
@@ -161,14 +162,16 @@ def check_prompt_length(positions: int, num_tokens: int, max_new_tokens: int, ex
         )
 
 
-def check_prompts(positions: int, processor, examples, system_prompt: str | None, max_new_tokens: int) -> None:
-    """Find prompts that cannot be used before any long work starts: too long, or with a picture's placeholder in them.
+def bad_prompts(
+    positions: int, processor, examples, system_prompt: str | None, max_new_tokens: int
+) -> list[tuple[int, str]]:
+    """(index, what is wrong) of examples whose prompts are too long or have a picture's placeholder in them.
 
     `positions` is max_positions(model). Only the prompts that could be too long, by their text and by the most tokens
     a picture may have, are encoded.
 
     Raises:
-        DataError: names every such example, what fits, and the fix.
+        DataError: the system prompt itself holds a placeholder.
     """
     placeholders = placeholders_in(processor, system_prompt or "")
     if placeholders:
@@ -177,7 +180,7 @@ def check_prompts(positions: int, processor, examples, system_prompt: str | None
     # Scenes are drawn by sayo itself, all of one small size: one of them speaks for all.
     num_checked = 1 if examples.name.partition(":")[0] == "scenes" else len(examples)
     found = []
-    for index in range(num_checked):
+    for index in tqdm(range(num_checked), desc="prompts", disable=num_checked <= 2000, leave=False):
         row = examples.peek(index)
         text = prompt_text(processor, row, system_prompt)
         longest = len(processor.tokenizer(text, verbose=False).input_ids) + len(row["images"]) * most_tokens
@@ -188,10 +191,27 @@ def check_prompts(positions: int, processor, examples, system_prompt: str | None
             num_tokens = len(encode_prompt(processor, examples[index], system_prompt).input_ids)
             check_prompt_length(positions, num_tokens, max_new_tokens, row)
         except DataError as error:
-            found.append(str(error))
-    if found:
+            found.append((index, str(error)))
+    return found
+
+
+def check_prompts(model, processor, examples, config, max_new_tokens: int) -> None:
+    """Find prompts that cannot be used before any long work starts; with bad_rows "skip", drop them from `examples`.
+
+    Args:
+        config: anything with system_prompt and bad_rows.
+
+    Raises:
+        DataError: names every such example, what fits, and the fix; or no example is left.
+    """
+    found = bad_prompts(max_positions(model), processor, examples, config.system_prompt, max_new_tokens)
+    if found and config.bad_rows == "skip" and len(found) < len(examples):
+        examples.drop(found)
+        print(f"{len(found)} examples of {examples.name} skipped, first: {found[0][1]}", file=sys.stderr)
+    elif found:
         more = [f"and {len(found) - 20} more"] if len(found) > 20 else []
-        raise DataError("\n".join(found[:20] + more))
+        hint = "--bad_rows skip drops them" if len(found) < len(examples) else "no example is left"
+        raise DataError("\n".join([message for _, message in found[:20]] + more + [hint]))
 
 
 def sample_group(
@@ -318,21 +338,25 @@ class RolloutConfig(SamplingConfig, PolicyConfig):
     num_generations: int = option(4, "Completions per example.")
     resume: bool = option(False, "Keep the rows that the output file has and sample the missing ones.")
 
+    def problems(self) -> list[str]:
+        return super().problems() + writable(self, "output")
+
 
 def main(config: RolloutConfig) -> None:
     output, done = Path(config.output), set()
     if output.exists() and not config.resume:
         raise ConfigError(f"output={config.output!r} exists: add --resume to go on with it, or give another name")
     if output.exists():
-        # A last line without its newline was being written when the run stopped.
-        whole = [line for line in output.read_text().splitlines(keepends=True) if line.endswith("\n")]
-        output.write_text("".join(whole))
-        done = {json.loads(line)["id"] for line in whole}
+        rows = read_jsonl(output)
+        if any("completion_ids" not in row for _, row in rows):
+            raise ConfigError(f"output={config.output!r} was not written by rollout.py: give another name")
+        output.write_text("".join(line + "\n" for line, _ in rows), encoding="utf-8")
+        done = {row["id"] for _, row in rows}
     examples = load_examples(config.data, **config.data_arguments(), require_boxes=False)
     model, processor = load_policy(**config.policy_arguments(lora_rank=0))
     output.parent.mkdir(parents=True, exist_ok=True)
-    check_prompts(max_positions(model), processor, examples, config.system_prompt, config.max_new_tokens)
-    with output.open("a") as file:
+    check_prompts(model, processor, examples, config, config.max_new_tokens)
+    with output.open("a", encoding="utf-8") as file:
         for index in tqdm(range(len(examples)), desc="rollout", unit="group"):
             example = examples[index]
             if example["id"] in done:

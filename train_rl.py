@@ -32,7 +32,7 @@ from evaluate import evaluate_shared, format_table, report, with_nan, without_na
 from metrics import StageClock, group_metrics, step_metrics
 from prompts import base_model
 from reward import COMPONENTS, RewardConfig, group_statistics, score_statistics
-from rollout import Group, check_prompts, group_generator, max_positions, sample_groups
+from rollout import Group, check_prompts, group_generator, sample_groups
 from visualize import plot_curves
 from vlm import evaluating, group_logprobs, load_policy, resolve_layers
 
@@ -315,7 +315,7 @@ def main(config: Config) -> None:
     )
     resolve_layers(model, config.attention_layers)
     for data in filter(None, (examples, held_out)):
-        check_prompts(max_positions(model), processor, data, config.system_prompt, config.max_new_tokens)
+        check_prompts(model, processor, data, config, config.max_new_tokens)
     if config.gradient_checkpointing:
         base_model(model).activation_checkpointing_enable({"use_reentrant": False})
     model.train(config.gradient_checkpointing)  # eval mode where training mode is not needed: no dropout anywhere

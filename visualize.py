@@ -4,7 +4,6 @@ python visualize.py --metrics runs/sayo/metrics.jsonl --output curves.png
 python visualize.py --adapter runs/sayo/adapter --data scenes:heldout --index 0 1 2 --output look.png
 """
 
-import json
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +13,7 @@ import matplotlib
 import numpy as np
 import torch
 
-from config import ConfigError, PolicyConfig, option, run_command
+from config import ConfigError, PolicyConfig, option, read_jsonl, run_command, writable
 from data.examples import load_examples
 from prompts import example_images, token_cells
 from reward import RewardConfig, score_group, select_uncertain
@@ -42,7 +41,7 @@ def _smooth(values: list[float], weight: float = 0.9) -> list[float]:
 
 def plot_curves(metrics_path: Path, output: Path) -> None:
     """Draw the metrics of a run, one panel per question one asks of it. A file without rows draws nothing."""
-    rows = [json.loads(line) for line in Path(metrics_path).read_text().splitlines()]
+    rows = [row for _, row in read_jsonl(metrics_path)]
     if not rows:
         return
     matplotlib.use("agg")
@@ -94,13 +93,16 @@ def look(model, processor, example: dict, config: RewardConfig, system_prompt: s
     )
     tas = float(score_group(model, group, config)["tas_selected"][0])
     length = len(group.completions[0]) - (not group.truncated[0])
-    chosen = select_uncertain(group.statistics.entropies[0][:length], config.top_fraction)
-    maps = attention_maps(
-        model, group.prompt, group.completions[0], layers=config.attention_layers, query=config.attention_query
-    )
     picture = example_images(example)[0]
     cells = token_cells(processor, picture)
-    return paint_tokens(maps[chosen].mean(0)[: len(cells)].cpu(), cells, picture.size), group.texts[0], tas
+    values = torch.zeros(len(cells))
+    if length:  # a completion that ends at once looks nowhere
+        chosen = select_uncertain(group.statistics.entropies[0][:length], config.top_fraction)
+        maps = attention_maps(
+            model, group.prompt, group.completions[0], layers=config.attention_layers, query=config.attention_query
+        )
+        values = maps[chosen].mean(0)[: len(cells)].cpu()
+    return paint_tokens(values, cells, picture.size), group.texts[0], tas
 
 
 def regions_of(example: dict) -> list[tuple]:
@@ -153,7 +155,7 @@ def plot_attention(examples: list[dict], columns: dict[str, list], output: Path)
             for axis, example, (heat, text, tas) in zip(axes[:, place], examples, looks, strict=True):
                 width, height = example["images"][0].size
                 # Where the policy does not look, the picture stays as it is.
-                options = {"alpha": 0.85 * heat / heat.max(), "interpolation": "nearest", "vmin": 0}
+                options = {"alpha": 0.85 * heat / (heat.max() or 1.0), "interpolation": "nearest", "vmin": 0}
                 axis.imshow(heat, extent=(0, width, height, 0), cmap="autumn_r", **options)
                 axis.set_title(f"{name}, TAS {tas:.2f}\n{fill(text, 44)}", fontsize=8)
 
@@ -171,10 +173,11 @@ class VisualizeConfig(RewardConfig, PolicyConfig):
         found = super().problems()
         if self.metrics and not Path(self.metrics).is_file():
             found.append(f"metrics={self.metrics!r}: no such file; give the metrics.jsonl of a run")
-        return found
+        return found + writable(self, "output", suffixes=(".png", ".jpg", ".pdf", ".svg"))
 
 
 def main(config: VisualizeConfig) -> None:
+    Path(config.output).parent.mkdir(parents=True, exist_ok=True)
     if config.metrics:
         plot_curves(Path(config.metrics), Path(config.output))
     else:

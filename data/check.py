@@ -10,27 +10,30 @@ attention reward will take for the region.
 """
 
 import json
+import math
 import statistics
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from textwrap import fill, shorten
 
 import numpy as np
+import torch
 from tqdm import tqdm
 
-from config import EMBEDDED_POLICY, PolicyConfig, at_least, option, run_command
+from config import EMBEDDED_POLICY, PolicyConfig, at_least, option, run_command, writable
 from data.examples import DataError, Examples, load_examples
 from data.pictures import load_mask, picture_size
 from data.regions import fit_regions, paint_region
 from prompts import encode_prompt, token_cells
-from rollout import check_prompts
+from rollout import bad_prompts
 from visualize import outline_region, panels, regions_of
 from vlm import load_processor
 
 THUMBNAIL = 256  # longest side, in pixels, of the canvas on which regions are measured
+PANEL = 800  # longest side, in pixels, of a picture on the sheet
 
 
 @dataclass
@@ -46,9 +49,7 @@ class CheckConfig(PolicyConfig):
 
     def problems(self) -> list[str]:
         found = super().problems() + at_least(self, 1, "num_examples", "num_measured", "max_new_tokens")
-        if self.sheet and Path(self.sheet).suffix.lower() != ".png":
-            found.append(f"sheet={self.sheet!r}: give a name that ends in .png")
-        return found
+        return found + writable(self, "report") + writable(self, "sheet", suffixes=(".png",))
 
 
 # --- figures -----------------------------------------------------------------------------------------------------
@@ -62,11 +63,15 @@ def spread(values: Sequence[float]) -> dict[str, float]:
 def region_share(boxes, polygons, mask, size: tuple[int, int]) -> float:
     """How much of a picture its region takes, in [0, 1], to about a thousandth. Sizes and points are in pixels."""
     scale = min(1.0, THUMBNAIL / max(size))
-    small = max(1, round(size[0] * scale)), max(1, round(size[1] * scale))
-    scaled = [[number * scale for number in box] for box in boxes]
-    outlines = [[[number * scale for number in point] for point in polygon] for polygon in polygons]
+    small = math.ceil(size[0] * scale), math.ceil(size[1] * scale)  # not less, or the last edge would be outside
+    scaled, outlines = _scaled(boxes, polygons, scale)
     region = paint_region(small, scaled, outlines, mask and mask.resize(small))
     return np.asarray(region).mean() / 255
+
+
+def _scaled(boxes, polygons, scale: float) -> tuple[list, list]:
+    outlines = [[[number * scale for number in point] for point in polygon] for polygon in polygons]
+    return [[number * scale for number in box] for box in boxes], outlines
 
 
 def describe(examples: Examples, box_format: str) -> dict:
@@ -107,7 +112,7 @@ def describe(examples: Examples, box_format: str) -> dict:
     said = {
         "large": "have a region of more than half of a picture: attention on it says little about looking",
         "small": "have a region of less than a thousandth of a picture: less than a token for most models",
-        "none": "have no region: the attention reward passes over them",
+        "none": "have no region: training refuses them unless --bad_rows skip or --attention_weight 0 is given",
         "repeated": "repeat the question, answer and picture of an earlier row",
     }
     figures = {f"{name} of a row": spread(counts) | {"rows": len(counts)} for name, counts in kinds.items() if counts}
@@ -141,17 +146,22 @@ def measure_prompts(examples: Examples, processor, config: CheckConfig) -> dict:
 # --- pictures ----------------------------------------------------------------------------------------------------
 
 
-def draw_sheet(examples: Sequence[dict], processor, system_prompt: str | None, output: Path) -> None:
+def draw_sheet(examples: Iterable[dict], processor, system_prompt: str | None, output: Path) -> None:
     """One panel for each picture of the examples: its region in outline, covered tokens (with a processor) in red."""
     shown = []
     for example in examples:
         coverage = encode_prompt(processor, example, system_prompt).coverage if processor else ()
         for number, (image, region) in enumerate(zip(example["images"], regions_of(example), strict=True)):
-            cells = token_cells(processor, image).tolist() if processor else []
+            cells = token_cells(processor, image) if processor else torch.zeros(0, 4)
             own, coverage = coverage[: len(cells)], coverage[len(cells) :]
             of = f" (picture {number + 1})" if len(example["images"]) > 1 else ""
-            title = [f"{example['id']}{of}", fill(shorten(example["question"], 120), 44)]
-            shown.append(([*title, shorten(example["answer"], 44)], image, region, cells, own))
+            title = [shorten(f"{example['id']}{of}", 50), fill(shorten(example["question"], 120), 44)]
+            scale = min(1.0, PANEL / max(image.size))
+            small = math.ceil(image.width * scale), math.ceil(image.height * scale)
+            boxes, polygons, mask = region
+            region = *_scaled(boxes, polygons, scale), mask and mask.resize(small, 0)
+            picture = image.resize(small)
+            shown.append(([*title, shorten(example["answer"], 44)], picture, region, (cells * scale).tolist(), own))
     columns = min(4, len(shown))
     height = min(8.0, 3.8 * max(image.height / image.width for _, image, *_ in shown)) + 1.3  # inches of a panel
     with panels(-(-len(shown) // columns), columns, (4.0, height), output) as axes:
@@ -183,19 +193,20 @@ def _row(name: str, values: dict) -> str:
 
 def main(config: CheckConfig) -> None:
     loaded = load_examples(config.data, **config.data_arguments() | {"bad_rows": "skip"}, require_boxes=False)
-    processor, wrong = None, []
-    report = {"data": config.data, "good_rows": len(loaded), "bad_rows": loaded.skipped}
-    report |= describe(loaded, config.box_format)
+    processor = None
     if config.model:
         model = EMBEDDED_POLICY if Path(config.model) == Path("data/tiny_policy") else config.model
         arguments = {"revision": config.revision, "max_pixels": config.max_pixels}
         model_config, processor = load_processor(model, **arguments)
         positions = model_config.get_text_config().max_position_embeddings
-        try:
-            check_prompts(positions, processor, loaded, config.system_prompt, config.max_new_tokens)
-            report["figures"] |= measure_prompts(loaded, processor, config)
-        except DataError as error:
-            wrong = str(error).splitlines()
+        wrong = bad_prompts(positions, processor, loaded, config.system_prompt, config.max_new_tokens)
+        loaded.drop(wrong)
+    if not len(loaded):
+        raise DataError(f"{config.data}: no row is left; the first: {loaded.skipped[0]}")
+    report = {"data": config.data, "good_rows": len(loaded), "bad_rows": loaded.skipped}
+    report |= describe(loaded, config.box_format)
+    if processor:
+        report["figures"] |= measure_prompts(loaded, processor, config)
     print(f"{config.data}: {len(loaded)} good rows, {len(loaded.skipped)} bad")
     for name, values in report["figures"].items():
         print(_row(name, values))
@@ -203,20 +214,21 @@ def main(config: CheckConfig) -> None:
     print(f"  {'answers':<34} {report['answers']['distinct']} distinct: {common}")
     for note in report["notes"]:
         print(f"  note: {note}")
-    for line in [*loaded.skipped[:50], *wrong]:
+    for line in loaded.skipped[:50]:
         print(f"  bad: {line}")
     if len(loaded.skipped) > 50:
         print(f"  and {len(loaded.skipped) - 50} more bad rows; --report FILE.json lists all")
     if config.report:
-        Path(config.report).write_text(json.dumps(report | {"prompts": wrong}, ensure_ascii=False, indent=1))
+        Path(config.report).parent.mkdir(parents=True, exist_ok=True)
+        Path(config.report).write_text(json.dumps(report, ensure_ascii=False, indent=1))
     if config.sheet:
-        drawn = [loaded[index] for index in evenly(len(loaded), config.num_examples)]
-        draw_sheet(drawn, None if wrong else processor, config.system_prompt, Path(config.sheet))
+        Path(config.sheet).parent.mkdir(parents=True, exist_ok=True)
+        drawn = (loaded[index] for index in evenly(len(loaded), config.num_examples))
+        draw_sheet(drawn, processor, config.system_prompt, Path(config.sheet))
         print(f"-> {config.sheet}")
-    if loaded.skipped or wrong:
+    if loaded.skipped:
         raise DataError(
-            f"{len(loaded.skipped) + len(wrong)} problems; correct them, or train with --bad_rows skip, which leaves "
-            "bad rows out"
+            f"{len(loaded.skipped)} bad rows; correct them, or train with --bad_rows skip, which leaves them out"
         )
 
 

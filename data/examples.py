@@ -66,6 +66,12 @@ class Examples(Sequence):
             example |= {name: example[name][0] for name in ("boxes", "polygons") if name in example}
         return example
 
+    def drop(self, bad: Sequence[tuple[int, str]]) -> None:
+        """Leave out the examples at these indices; what is wrong with each goes to `skipped`."""
+        gone = {index for index, _ in bad}
+        self.skipped += [message for _, message in bad]
+        self._chosen = [row for index, row in enumerate(self._chosen) if index not in gone]
+
     def peek(self, index: int) -> dict:
         """The example as it is written: `images`, `masks` not decoded, `boxes` and `polygons` as a list per image."""
         return check_row(self._rows[self._chosen[index]], self._rows.folder)

@@ -43,7 +43,12 @@ SIGHTINGS = 3  # dropped rows that the report names for each reason
 
 @dataclass
 class FolderConfig:
-    """The fields that every script has."""
+    """The fields that every script has.
+
+    paths   names of the fields that may be files or folders
+    """
+
+    paths = ()
 
     out: str | None = option(None, "Folder to write (required). The same command goes on after a stop.")
     seed: int = option(0, "Seed of the order of the rows, and so of a subset.")
@@ -69,7 +74,7 @@ class FolderConfig:
             value = getattr(self, entry.name)
             if entry.name in ("out", "num_processes", "overwrite"):
                 continue
-            if isinstance(value, str) and (path := Path(value).expanduser()).exists():
+            if entry.name in self.paths and value and (path := Path(value).expanduser()).exists():
                 value = str(path.resolve())
                 if path.is_file():
                     found[f"size of {entry.name}"] = path.stat().st_size
@@ -155,6 +160,8 @@ def _record(job: Job, index: int, folder: Path) -> dict:
         boxes = fit_boxes(made.pop("boxes"), picture.width, picture.height, job.tolerance)
     except Dropped as dropped:
         return record | {"dropped": dropped.reason, "detail": dropped.detail}
+    except RecursionError:
+        return record | {"dropped": "row nested too deeply", "detail": ""}
     if isinstance(content, bytes):
         name = hashlib.sha256(content).hexdigest()[:24] + picture.suffix
     else:
@@ -178,8 +185,9 @@ def digest(*parts: str) -> str:
 def _finished_shards(job: Job, order: np.ndarray, num_processes: int) -> Iterator[Path]:
     """The shards' folders in order, worked on by processes that are a few shards ahead."""
     starts = range(0, len(order), SHARD_ROWS)
+    num_processes = min(num_processes, len(starts))
     tasks = ((number, order[start : start + SHARD_ROWS].tolist()) for number, start in enumerate(starts))
-    if num_processes == 1:
+    if num_processes <= 1:
         yield from (write_shard(job, *task) for task in tasks)
         return
     waiting = deque()
@@ -212,10 +220,20 @@ def write_json(path: Path, value: dict) -> None:
 
 
 def claim_folder(out: Path, settings: dict, overwrite: bool, own_files: Sequence[str] = OWN_FILES) -> None:
-    """Make the folder of a run, or see that it is this very run's. Raises ConfigError if it is another's.
+    """Make the folder of a run, or see that it is this very run's.
 
     own_files   what the run writes there, settings.json last; a folder with nothing but that may be claimed again
+
+    Raises ConfigError if it is another's, or cannot be made or written.
     """
+    try:
+        _claim(out, settings, overwrite, own_files)
+    except OSError as error:
+        fix = "give a new or an empty folder where files can be written"
+        raise ConfigError(f"out={str(out)!r:.300} cannot be made or written: {error!s:.300}; {fix}") from error
+
+
+def _claim(out: Path, settings: dict, overwrite: bool, own_files: Sequence[str]) -> None:
     file, settings = out / "settings.json", json.loads(json.dumps(settings))
     if overwrite and file.exists():
         for name in own_files:

@@ -48,6 +48,8 @@ class GqaConfig(PrepareConfig):
     data/gqa/train.jsonl. OUT/report.json counts what was dropped and why.
     """
 
+    paths = ("questions", "scene_graphs", "images")
+
     questions: str | None = option(None, "JSON of questions, such as train_balanced_questions.json (required).")
     scene_graphs: str | None = option(None, "JSON of scene graphs, such as train_sceneGraphs.json (required).")
     images: str | None = option(None, "Folder of the pictures, <imageId>.jpg (required).")

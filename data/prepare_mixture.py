@@ -35,6 +35,8 @@ class MixtureConfig(FolderConfig):
     data/paper_mixture/train.jsonl. OUT/report.json counts what was dropped and why.
     """
 
+    paths = ("gqa_questions", "gqa_scene_graphs", "gqa_images", "refocus")
+
     gqa_questions: str | None = option(None, "JSON of questions, such as train_balanced_questions.json (required).")
     gqa_scene_graphs: str | None = option(None, "JSON of scene graphs, such as train_sceneGraphs.json (required).")
     gqa_images: str | None = option(None, "Folder of the pictures, <imageId>.jpg (required).")

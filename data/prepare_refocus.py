@@ -32,6 +32,8 @@ class RefocusConfig(PrepareConfig):
     data/refocus/train.jsonl. OUT/report.json counts what was dropped and why.
     """
 
+    paths = ("data",)
+
     data: str = option("ReFocus/ReFocus_Data", "Hub dataset, or a folder that holds its files.")
     split: str = option("train", "Split of it.")
     revision: str | None = option(None, "Branch, tag or commit of the Hub dataset.")

@@ -1,5 +1,6 @@
 """One row of a public dataset, one example: texts, boxes and pictures are fitted to it or the row is dropped."""
 
+import os
 import re
 from io import BytesIO
 from pathlib import Path
@@ -17,9 +18,13 @@ class Dropped(Exception):
     """A row that cannot become an example: the reason is what the report counts, the detail what was found."""
 
     def __init__(self, reason: str, detail: object = ""):
+        try:
+            detail = str(detail)
+        except RecursionError:
+            detail = "nested too deeply to be shown"
         super().__init__(reason, detail)
         # Without addresses of objects, which Pillow says and which differ from run to run.
-        self.reason, self.detail = reason, re.sub(" at 0x[0-9a-f]+", "", str(detail))[:200]
+        self.reason, self.detail = reason, re.sub(" at 0x[0-9a-f]+", "", detail)[:200]
 
 
 class Picture(NamedTuple):
@@ -53,7 +58,7 @@ def as_shown(boxes: list, width: int, height: int, picture: Picture) -> list:
     if (width, height) == picture[:2]:
         return boxes
     if (height, width) != picture[:2] or picture.orientation not in TURNED:
-        found = f"{picture.width} x {picture.height}, annotated as {width} x {height}"
+        found = f"{picture.width} x {picture.height}, annotated as {width!r} x {height!r}"
         raise Dropped("picture of another size than annotated", found)
     mirrored_x, mirrored_y = picture.orientation in (6, 7), picture.orientation in (7, 8)
     turned = []
@@ -95,7 +100,8 @@ def fit_boxes(boxes: list, width: int, height: int, tolerance: float) -> list[li
 
 def inspect_picture(content: Path | bytes | None) -> Picture:
     """Decode a picture once to see that it can be. Raises Dropped."""
-    if not content or (isinstance(content, Path) and not content.is_file()):
+    # Not Path.is_file, here and in the sources: it raises OSError for a name that is too long.
+    if not content or (isinstance(content, Path) and not os.path.isfile(content)):
         raise Dropped("picture missing", content)
     try:
         width, height = measure_picture(content)

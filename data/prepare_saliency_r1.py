@@ -35,6 +35,8 @@ class SaliencyConfig(PrepareConfig):
     data/saliency_r1/train.jsonl. OUT/report.json counts what was dropped and why.
     """
 
+    paths = ("data",)
+
     data: str = option("peterant330/saliency-r1-8k", "Hub dataset, or a folder that holds its files.")
     split: str = option("train", "Split of it.")
     revision: str | None = option(None, "Branch, tag or commit of the Hub dataset.")
@@ -56,7 +58,7 @@ def convert(
     if isinstance(sides, str):
         try:
             sides = json.loads(sides or "null")
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise Dropped("box is not four numbers", sides) from error
     if sides in ([], None):
         raise Dropped("no box")

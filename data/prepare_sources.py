@@ -5,6 +5,7 @@ each entry is parsed from its own bytes when a worker asks for it.
 """
 
 import json
+import os
 import pickle
 import re
 from array import array
@@ -21,7 +22,8 @@ from data.prepare_rows import Dropped
 CHUNK = 1 << 20  # bytes
 LONGEST_ENTRY = 1 << 26  # bytes; a text that is longer without an end is taken for broken JSON
 REOPEN_AFTER = 100  # rows of a table
-OPENING, COLON = re.compile(r"[ \t\n\r]*{[ \t\n\r]*"), re.compile(r"[ \t\n\r]*:[ \t\n\r]*")
+# The mark that some editors put in front of UTF-8, decoded as Latin-1, is no content.
+OPENING, COLON = re.compile("(?:\xef\xbb\xbf)?[ \t\n\r]*{[ \t\n\r]*"), re.compile(r"[ \t\n\r]*:[ \t\n\r]*")
 AFTER_ENTRY, BLANKS = re.compile(r"[ \t\n\r]*([,}])[ \t\n\r]*"), re.compile(r"[ \t\n\r]*")
 DECODER = json.JSONDecoder()
 
@@ -55,6 +57,8 @@ def scan_object(path: Path, chunk: int = CHUNK) -> Iterator[tuple[str, int, int]
                     at = len(text)
             except json.JSONDecodeError:
                 pass  # so far only the end of what was read; the end of the file is another matter
+            except RecursionError as error:
+                raise DataError(f"{path}: the entry at byte {base + at:,} is nested too deeply; remove it") from error
             added = file.read(more).decode("latin-1")
             if not added and inside is False and at == len(text):
                 return
@@ -106,7 +110,7 @@ class JsonLines(Sequence):
             line = file.readline()
         try:
             value = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise Dropped("line is not JSON", f"{path.name}:{self._numbers[index]}: {error}") from error
         if not isinstance(value, dict):
             raise Dropped("line is not a JSON object", f"{path.name}:{self._numbers[index]}")
@@ -133,7 +137,7 @@ class TableRows(Sequence):
         row = self._dataset[index]
         cell, identifier = row.pop(self._image_column) or {}, row.get(self._id_column)
         content = cell.get("bytes")
-        if not content and cell.get("path") and Path(cell["path"]).is_file():
+        if not content and cell.get("path") and os.path.isfile(cell["path"]):
             content = Path(cell["path"]).read_bytes()
         return row | {"id": str(index if identifier in (None, "") else identifier), "picture": content}
 

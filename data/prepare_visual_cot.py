@@ -19,6 +19,7 @@ picture padded to a square. Many pictures of gqa are said to be missing from the
 such rows are dropped and counted. Pictures stay where they are. The id of an example is "<subset>_cot_train:<line>".
 """
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,6 +44,8 @@ class VisualCotConfig(PrepareConfig):
     Example: python -m data.prepare_visual_cot --images visual_cot/images --out data/visual_cot --subsets gqa vsr
     --limit 20000. Then train with --data data/visual_cot/train.jsonl. OUT/report.json counts what was dropped and why.
     """
+
+    paths = ("images", "metadata")
 
     images: str | None = option(None, "Folder of the unpacked pictures (required).")
     metadata: str = option("deepcs233/Visual-CoT", "Hub dataset, or a folder with its metadata/*_cot_train.jsonl.")
@@ -100,16 +103,18 @@ def find_picture(images: Path, row: dict) -> Path | None:
     """The first of the places where the picture of a row may be, None when it is at none of them."""
     if not isinstance(row.get("image"), str) or not row["image"]:
         return None
-    folder = PICTURES_OF.get(row.get("dataset"), str(row.get("dataset")))
+    dataset = str(row.get("dataset"))
+    folder = PICTURES_OF.get(dataset, dataset)
     places = [images / folder / row["image"], images / "cot" / folder / row["image"], images / row["image"]]
-    return next((place for place in places if place.is_file()), None)
+    return next((place for place in places if os.path.isfile(place)), None)
 
 
 def convert(row: dict, picture: Picture) -> dict:
     """The example of a row."""
     question, answer = text(row.get("question"), "question"), text(row.get("answer"), "answer")
     try:
-        boxes = as_shown(row.get("bboxs") or [], row["width"], row["height"], picture)
+        width, height = (float(side) if isinstance(side, str) else side for side in (row["width"], row["height"]))
+        boxes = as_shown(row.get("bboxs") or [], width, height, picture)
     except (KeyError, TypeError, ValueError) as error:
         raise Dropped("boxes or size of another form", error) from error
     return {"question": question, "answer": answer, "boxes": boxes}

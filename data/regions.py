@@ -31,12 +31,18 @@ def is_number(value) -> bool:
 
 def _depth(value) -> int:
     """How many lists are around the innermost numbers: 0 for a number, 2 for [[1, 2], [3, 4]]."""
-    return 1 + max(map(_depth, value), default=0) if isinstance(value, list) else 0
+    depth, level = 0, [value]
+    while lists := [entry for entry in level if isinstance(entry, list)]:  # no recursion: hostile files nest deeply
+        depth, level = depth + 1, [inner for entry in lists for inner in entry]
+    return depth
 
 
 def _one_for_each(name: str, value: list, num_images: int) -> list:
     if len(value) != num_images:
-        raise DataError(f"{name} has {len(value)} lists, but there are {num_images} images; write one for each image")
+        raise DataError(
+            f"{name} has {len(value)} lists, but there are {num_images} images; write one for each image, not for each "
+            "object"
+        )
     return value
 
 
@@ -64,8 +70,9 @@ def boxes_per_image(boxes, num_images: int) -> list[list]:
 def polygons_per_image(polygons, num_images: int) -> list[list]:
     """One list of polygons for each image, each a list of points [x, y], nothing else checked; [] where it has none.
 
-    With one image its list need not be wrapped in another. A polygon is a list of points or flat as in COCO, and one
-    polygon need not be wrapped in a list. Raises DataError.
+    With one image its list need not be wrapped in another, and there may be a list of polygons for each object, as COCO
+    has them. A polygon is a list of points or flat as in COCO, and one polygon need not be wrapped in a list. Raises
+    DataError.
     """
     if not polygons:
         return [[] for _ in range(num_images)]
@@ -74,12 +81,23 @@ def polygons_per_image(polygons, num_images: int) -> list[list]:
             f"polygons is {polygons!r:.200}; write a list of polygons, [[[x, y], [x, y], [x, y], ...], ...] or "
             "[[x1, y1, x2, y2, x3, y3, ...], ...]; a run-length code: write it as a mask picture"
         )
+    if (depth := _depth(polygons)) > 4:  # images or objects, polygons, points, numbers
+        raise DataError(f"polygons is nested {depth} lists deep; write [[[x, y], [x, y], [x, y], ...], ...]")
+    if num_images == 1 and any(polygons) and all(map(_is_object, polygons)):
+        polygons = [[polygon for polygons_of_object in polygons for polygon in polygons_of_object]]
     only = polygons[0] if len(polygons) == 1 else None
     # Lists of two numbers are points, longer ones flat polygons.
     has_polygons = isinstance(only, list) and any(isinstance(entry, list) and len(entry) > 2 for entry in only)
     wrapped = num_images > 1 or len(polygons) == 1 and (only in (None, []) or has_polygons or _depth(only) > 2)
     groups = _one_for_each("polygons", polygons, num_images) if wrapped else [polygons]
     return [_polygons(group) for group in groups]
+
+
+def _is_object(value) -> bool:
+    """Whether it can only be a list of polygons: lists of two numbers would be points, longer ones flat polygons."""
+    return isinstance(value, list) and all(
+        isinstance(entry, list) and (len(entry) > 2 if _depth(entry) == 1 else _depth(entry) == 2) for entry in value
+    )
 
 
 def _is_point(value) -> bool:

@@ -59,7 +59,7 @@ def check_row(row: dict, folder: Path) -> dict:
     polygons = polygons_per_image(row.pop("polygons", None), len(images))
     masks = _masks_per_image(row.pop("mask", None), row.pop("masks", None), len(images))
     example = row | {
-        "images": [_resolve(image, folder) for image in images],
+        "images": [_resolve("picture", image, folder) for image in images],
         "question": question,
         "answer": answer,
         "boxes": boxes_per_image(row.get("boxes"), len(images)),
@@ -67,16 +67,19 @@ def check_row(row: dict, folder: Path) -> dict:
     if any(polygons):
         example["polygons"] = polygons
     if any(masks):
-        example["masks"] = [_resolve(mask, folder) if mask else None for mask in masks]
+        example["masks"] = [_resolve("mask", mask, folder) if mask else None for mask in masks]
     return example
 
 
-def _resolve(image, folder: Path):
-    """The picture without {"bytes", "path"} around it, a path made relative to the folder of its data file."""
+def _resolve(kind: str, image, folder: Path):
+    """The picture or mask without {"bytes", "path"} around it, a path made relative to the folder of its data file."""
     if isinstance(image, dict):
-        image = image.get("bytes") or image.get("path")
+        given, image = image, image.get("bytes") or image.get("path")
+        if not image:
+            fix = "a run-length code: write it as a picture" if kind == "mask" else "write the path of a file"
+            raise DataError(f'{kind} {given!r:.200} is neither a path nor {{"bytes", "path"}}; {fix}')
     if isinstance(image, str) and image.startswith(("http://", "https://", "data:")):
-        raise DataError(f"picture {image!r:.100} is not a file; save it as one and write its path")
+        raise DataError(f"{kind} {image!r:.100} is not a file; save it as one and write its path")
     return str(folder / image) if isinstance(image, str) and image else image
 
 
@@ -148,7 +151,7 @@ def check_rows(rows: Rows, box_format: str, limit: int | None, require_boxes: bo
                 if example["id"] in rows_of_ids:
                     first = f"{rows.label(rows_of_ids[example['id']])} (id {example['id']!r})"
                     raise DataError(f"{first} has the same id; make every id unique, or leave it out")
-                if require_boxes and not any(example["boxes"]) and not example.keys() & {"polygons", "masks"}:
+                if require_boxes and not any(any(example.get(name, ())) for name in ("boxes", "polygons", "masks")):
                     raise DataError(
                         "boxes is empty or missing, polygons and mask, too; the attention reward needs at least one "
                         "box, polygon or mask"

@@ -19,7 +19,9 @@ HUB_ID = r"[\w-][\w.-]*(/[\w.-]+)?"  # "name" or "owner/name"
 NAMES = ("id", "image", "images", "question", "answer", "choices", "boxes", "polygons", "mask", "masks")
 # Two names of one thing: where one of them is mapped to a column, a column of the other name does not count.
 SIBLINGS = {"image": "images", "images": "image", "mask": "masks", "masks": "mask"}
+REGIONS = ("boxes", "polygons", "mask", "masks")
 MAX_COLUMNS = 40  # named in one error message
+MAX_DEPTH = 100  # lists and objects within each other; Python cannot even print what is nested some 900 deep
 MISSING = object()
 
 
@@ -48,6 +50,44 @@ class Lines(Sequence):
         start = self._starts[index]
         end = self._text.find(b"\n", start)
         return self._text[start : end if end >= 0 else len(self._text)].strip()
+
+
+class Table(Sequence):
+    """The rows of a `datasets` table as dicts, with pictures still encoded and class labels as their names."""
+
+    def __init__(self, dataset: datasets.Dataset):
+        # Arrow rows keep the pictures encoded, where the default format would decode them.
+        self._rows = dataset.with_format("arrow")
+        self._labels = {name: feature for name, feature in dataset.features.items() if _has_labels(feature)}
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: int) -> dict:
+        row = self._rows[index].to_pylist()[0]
+        return row | {name: _with_names(row[name], feature) for name, feature in self._labels.items()}
+
+
+def _inner(feature):
+    """What a feature of lists holds, None for any other feature."""
+    return feature[0] if isinstance(feature, list) else getattr(feature, "feature", None)
+
+
+def _has_labels(feature) -> bool:
+    if isinstance(feature, dict):
+        return any(map(_has_labels, feature.values()))
+    return isinstance(feature, datasets.ClassLabel) or (_inner(feature) is not None and _has_labels(_inner(feature)))
+
+
+def _with_names(value, feature):
+    """The value with the name of every class label in it; None for a number without a name, such as -1 for no label."""
+    if isinstance(feature, datasets.ClassLabel):
+        return feature.names[value] if value is not None and 0 <= value < len(feature.names) else None
+    if isinstance(feature, dict) and isinstance(value, dict):
+        return {name: _with_names(entry, feature[name]) for name, entry in value.items()}
+    if _inner(feature) is not None and isinstance(value, list):
+        return [_with_names(entry, _inner(feature)) for entry in value]
+    return value
 
 
 class Rows:
@@ -143,8 +183,7 @@ def open_rows(data: str, split: str) -> Rows:
     except Exception as error:  # whatever pyarrow, fsspec and the Hub raise
         what = "cannot be loaded" if path.exists() else "is no file or folder here, and no Hub id that can be loaded"
         raise DataError(f"data {data!r} {what} ({type(error).__name__}: {error}); valid: {VALID_DATA}") from error
-    # Arrow rows keep the pictures encoded, where the default format would decode them.
-    return Rows(data, dataset.with_format("arrow"), range(len(dataset)), path.parent if path.is_file() else path)
+    return Rows(data, Table(dataset), range(len(dataset)), path.parent if path.is_file() else path)
 
 
 def _open_json(data: str, path: Path) -> Rows:
@@ -167,23 +206,44 @@ def _open_json(data: str, path: Path) -> Rows:
 
 
 def _parse(row) -> dict:
-    """The dict of a line of JSON (bytes), of a one-row Arrow table, or of what was JSON already."""
-    if hasattr(row, "to_pylist"):
-        return row.to_pylist()[0]
+    """The dict of a line of JSON (bytes), or of what was parsed already."""
     parsed = row
     if isinstance(row, bytes):
         try:
             parsed = json.loads(row)
         except (ValueError, RecursionError) as error:
             raise DataError(f"not JSON ({error}): {row[:60]!r}; write one JSON object per line") from error
+    if _is_too_deep(parsed):
+        raise DataError(
+            f'nested more than {MAX_DEPTH} lists or objects deep; write one object, {{"image": ..., "question": ...}}'
+        )
     if not isinstance(parsed, dict):
         raise DataError(f'not a JSON object: {row!r:.60}; write {{"image": ..., "question": ..., ...}}')
     return parsed
 
 
+def _is_too_deep(value) -> bool:
+    level = [value]
+    for _ in range(MAX_DEPTH + 1):
+        nested = [
+            entry.values() if isinstance(entry, dict) else entry for entry in level if isinstance(entry, list | dict)
+        ]
+        if not nested:
+            return False
+        level = [inner for entry in nested for inner in entry]
+    return True
+
+
 def _rename(row: dict, columns: dict[str, str]) -> dict:
+    """The row with the mapped names, which come from their columns alone: where a row lacks the column, it lacks both.
+
+    A column that has one of sayo's names itself keeps it, as "answer=question" may mean; not one region for another.
+    """
     moved = {name: _look_up(row, column) for name, column in columns.items()}
-    gone = {*columns.values(), *(SIBLINGS[name] for name in columns if name in SIBLINGS)}
+    gone = {*columns, *(SIBLINGS[name] for name in columns if name in SIBLINGS)}
+    gone |= {
+        column for name, column in columns.items() if column not in NAMES or (name in REGIONS and column in REGIONS)
+    }
     kept = {name: value for name, value in row.items() if name not in gone}
     return kept | {name: value for name, value in moved.items() if value is not MISSING}
 

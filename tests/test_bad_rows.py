@@ -20,6 +20,8 @@ from train_rl import Config
 # ---------------------------------------------------------------------------------------------------- bad rows
 
 FLAT = [1, 2, 9, 2, 9, 9]  # a good polygon
+RLE = {"counts": "a0", "size": [30, 40]}
+DEEP = '{"image": "a.png", "question": "Q?", "answer": "red", "boxes": [[1, 2, 3, 4]], '
 BAD_ROWS = [
     # what is wrong, the row, words that the message must hold
     ("missing picture", GOOD | {"image": "gone.png"}, ["gone.png", "no such file", "correct the path"]),
@@ -146,6 +148,12 @@ BAD_ROWS = [
     ("mask is a JPEG", GOOD | {"mask": "whole.jpg"}, ["mask", "whole.jpg", "JPEG", "PNG"]),
     ("mask is a number", GOOD | {"mask": 7}, ["mask 7", "path"]),
     ("mask is a list", GOOD | {"mask": ["black.png"]}, ["mask ['black.png']", "path"]),
+    ("mask is a run-length code", without("boxes") | {"mask": RLE}, ["mask {'counts'", "run-length", "as a picture"]),
+    ("masks are run-length codes", GOOD | {"masks": [RLE]}, ["mask {'counts'", "neither a path", "run-length"]),
+    ("mask without bytes and path", GOOD | {"mask": {"bytes": None, "path": None}}, ["mask {'bytes': None", "neither"]),
+    ("mask of another key", GOOD | {"mask": {"x": "m.png"}}, ["mask {'x': 'm.png'}", "neither a path"]),
+    ("masks with an empty path", without("boxes") | {"masks": [{"path": ""}]}, ["mask {'path': ''}", "neither a path"]),
+    ("picture of another key", GOOD | {"image": {"x": "a.png"}}, ["picture {'x': 'a.png'}", "neither a path"]),
     ("mask and masks", GOOD | {"mask": "a.png", "masks": ["a.png"]}, ["mask and masks", "either"]),
     ("mask for two images", two(BOX_LISTS, mask="a.png"), ["mask", "2 images", "masks"]),
     ("masks is a path", GOOD | {"masks": "a.png"}, ["masks is 'a.png'", "call it mask"]),
@@ -157,6 +165,19 @@ BAD_ROWS = [
     ("written by Python", str(GOOD), ["not JSON", "'image'", "one JSON object per line"]),
     ("two objects", '{"image": "a.png"} {"image": "b.png"}', ["not JSON", "one JSON object per line"]),
     ("nested without end", "[" * 100_000, ["not JSON", "one JSON object per line"]),
+    (
+        "polygons nested 800 deep",
+        DEEP + f'"polygons": {"[" * 800}1{"]" * 800}}}',
+        ["nested more than 100", "one object"],
+    ),
+    ("choices nested 800 deep", DEEP + f'"choices": {"[" * 800}1{"]" * 800}}}', ["nested more than 100", "one object"]),
+    (
+        "objects nested 800 deep",
+        DEEP + '"kind": ' + '{"a": ' * 800 + "1" + "}" * 801,
+        ["nested more than 100", "one object"],
+    ),
+    ("polygons nested five deep", GOOD | {"polygons": [[[[FLAT]]]]}, ["polygons is nested 5 lists deep", "[x, y]"]),
+    ("polygons of objects, two images", two(BOX_LISTS, polygons=[[FLAT]] * 3), ["3 lists", "2 images", "each object"]),
     ("digits without end", '{"image": ' + "9" * 9000 + "}", ["not JSON", "one JSON object per line"]),
     ("not JSON", '{"image": "a.png",', ["not JSON", '{"image": "a.png",', "one JSON object per line"]),
     ("a list", "[1, 2]", ["not a JSON object", "[1, 2]"]),

@@ -64,9 +64,10 @@ def test_the_floor_counts_the_multiply_adds_of_a_forward(tmp_path):
     floor = multiply_adds(config, parameters, len(prompt.input_ids))
     forward = tokens * parameters["text"] + 15 * parameters["head"]
     assert products == pytest.approx(forward, rel=0.02)
-    assert floor["reference + update"] == pytest.approx(
-        3 * (forward - 15 * parameters["head"]) + 4 * attention + 4 * 15 * parameters["head"], rel=1e-6
-    )
+    trained, _ = load_policy(str(tmp_path), lora_rank=bench.RANK)
+    assert parameters["lora"] == sum(p.numel() for p in trained.parameters() if p.requires_grad)
+    expected = 3 * tokens * (parameters["text"] + parameters["lora"]) + 4 * attention + 4 * 15 * parameters["head"]
+    assert floor["reference + update"] == pytest.approx(expected, rel=1e-6)
 
 
 @pytest.mark.parametrize("image_tokens", [1, 64, 96, 1024])

@@ -9,9 +9,11 @@ import pytest
 from conftest import GOOD, two, without, write_jsonl
 from PIL import Image
 
+import prompts
 from config import ConfigError, read_config
 from data.check import CheckConfig, describe, draw_sheet, evenly, main, region_share
 from data.examples import DataError, load_examples
+from prompts import token_cells
 
 
 def test_figures_of_a_small_data_set(folder):
@@ -36,7 +38,8 @@ def test_figures_of_a_small_data_set(folder):
     assert found["answers"] == {"distinct": 2, "most common": [("red", 5 / 6), ("blue", 1 / 6)]}
     assert found["notes"] == [
         "1 rows have a region of more than half of a picture: attention on it says little about looking, first 'again'",
-        "1 rows have no region: the attention reward passes over them, first 'bare'",
+        "1 rows have no region: training refuses them unless --bad_rows skip or --attention_weight 0 is given, first "
+        "'bare'",
         "1 rows repeat the question, answer and picture of an earlier row, first 'same'",
     ]
 
@@ -62,7 +65,7 @@ def test_everything_wrong_is_printed_and_the_exit_says_so(folder, capsys):
     bad = [GOOD | {"boxes": [[1, 2, 500, 600]]}, without("answer"), GOOD | {"image": "cut.jpg"}]
     data = write_jsonl(folder, GOOD, *bad)
     config = CheckConfig(data=data, report=str(folder / "report.json"))
-    with pytest.raises(DataError, match="3 problems"):
+    with pytest.raises(DataError, match="3 bad rows"):
         main(config)
     printed = capsys.readouterr().out
     assert "1 good rows, 3 bad" in printed
@@ -79,7 +82,7 @@ def test_prompts_are_measured_with_a_models_processor(folder, capsys, model_fold
     printed = capsys.readouterr().out
     assert "image tokens in the region (1 prompts)" in printed
     data = write_jsonl(folder, GOOD, GOOD | {"question": "Is it <IMG_CONTEXT>?"})
-    with pytest.raises(DataError, match="1 problems"):
+    with pytest.raises(DataError, match="1 bad rows"):
         main(CheckConfig(data=data, model=model_folders["internvl"]))
     assert "remove <IMG_CONTEXT>" in capsys.readouterr().out
 
@@ -118,3 +121,37 @@ def test_problems_of_the_settings():
     with pytest.raises(ConfigError) as error:
         read_config(CheckConfig, ["--sheet", "sheet.jpg", "--num_examples", "0"])
     assert "sheet='sheet.jpg'" in str(error.value) and "num_examples=0" in str(error.value)
+
+
+@pytest.mark.parametrize("size", [(4000, 1007), (1007, 4000), (333, 5000), (257, 256)])
+def test_a_strip_at_the_far_edge_has_a_share(size):
+    """The small canvas was rounded down, and such a region lay outside of it."""
+    width, height = size
+    for box in ([0, height - 2, width, height], [width - 2, 0, width, height]):
+        assert 0 < region_share([box], [], None, size) < 0.06
+
+
+def test_pictures_one_pixel_wide_are_drawn(folder, policies):
+    """A ramp without a slope gave cells of no width, and the sheet divided by their area."""
+    for number, size in enumerate([(1, 1), (1, 100), (100, 1)]):
+        Image.new("RGB", size, "gray").save(folder / f"{number}.png")
+        row = GOOD | {"image": f"{number}.png", "boxes": [[0, 0, *size]]}
+        examples = load_examples(write_jsonl(folder, row))
+        for family in ("qwen3_vl", "internvl", "smolvlm"):
+            draw_sheet(examples[:1], policies[family][1], None, folder / "thin.png")
+            assert Image.open(folder / "thin.png").size[0] > 100
+
+
+def test_cells_of_a_large_picture_are_the_same_up_to_the_steps_of_its_ramp(policies, monkeypatch):
+    picture = Image.new("RGB", (500, 300))
+    fine = token_cells(policies["internvl"][1], picture)
+    monkeypatch.setattr(prompts, "LARGE_PICTURE", 1000)
+    coarse = token_cells(policies["internvl"][1], picture)
+    assert (fine - coarse).abs().max() < 2 * 500 / 255
+
+
+def test_files_that_cannot_be_written_are_named_before_the_work(folder):
+    (folder / "file").write_text("")
+    for name in (str(folder), str(folder / "file" / "x.png")):
+        with pytest.raises(ConfigError, match="can be written"):
+            read_config(CheckConfig, ["--sheet", name])

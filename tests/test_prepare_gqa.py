@@ -120,6 +120,18 @@ def test_several_processes_give_the_same_bytes(gqa, tmp_path, limit):
     assert contents(tmp_path / "1") == contents(tmp_path / "2") == contents(tmp_path / "3")
 
 
+def test_no_more_processes_than_shards(gqa, tmp_path, monkeypatch):
+    started, executor = [], prepare.ProcessPoolExecutor
+    monkeypatch.setattr(
+        prepare, "ProcessPoolExecutor", lambda number, **more: started.append(number) or executor(number, **more)
+    )
+    report = main(config(gqa, tmp_path / "out", num_processes=60))
+    assert started == [-(-report["rows_of_source"] // prepare.SHARD_ROWS)]
+    monkeypatch.setattr(prepare, "SHARD_ROWS", 1000)
+    main(config(gqa, tmp_path / "one", num_processes=60))
+    assert len(started) == 1  # one shard is worked on without another process
+
+
 def test_duplicates(gqa, tmp_path):
     path = Path(gqa[0]["questions"])
     questions = json.loads(path.read_text(encoding="utf-8"))
@@ -259,6 +271,14 @@ def test_a_folder_of_something_else_is_left_alone(gqa, tmp_path):
         with pytest.raises(ConfigError, match="holds something else already"):
             main(config(gqa, out, overwrite=overwrite))
     assert contents(out) == {"chapter.tex": b"precious"}
+
+
+@pytest.mark.parametrize("where", ["file/x", "file", "/proc/x"])
+def test_a_folder_that_cannot_be_made_is_said(gqa, tmp_path, where):
+    (tmp_path / "file").write_text("precious")
+    with pytest.raises(ConfigError, match="(?s)^out=.*(holds something else|cannot be made or written).*give a"):
+        main(config(gqa, tmp_path / where))
+    assert (tmp_path / "file").read_text() == "precious"
 
 
 def test_no_row_left(gqa, tmp_path):

@@ -88,6 +88,12 @@ def test_other_settings_are_refused_by_name(sources, tmp_path):
     assert len(read_lines(tmp_path / "out")) == 29
 
 
+def test_a_folder_that_cannot_be_made_is_said(sources, tmp_path):
+    (tmp_path / "file").write_text("precious")
+    with pytest.raises(ConfigError, match="file/x' cannot be made or written: .*; give a new or an empty folder"):
+        main(config(sources, tmp_path / "file" / "x"))
+
+
 def test_all_problems_at_once(tmp_path):
     arguments = ["--gqa_questions", "gone.json", "--gqa_images", str(tmp_path), "--seed=-1", "--refocus_rows", "0"]
     with pytest.raises(ConfigError) as caught:

@@ -80,6 +80,16 @@ def test_not_one_object(file, content):
         scanned(file, content, 2)
 
 
+@pytest.mark.parametrize("chunk", [1, 2, 3, 4, 100])
+def test_a_byte_order_mark_is_skipped(file, chunk):
+    assert scanned(file, '\ufeff {"a": 1, "b": {}}', chunk) == [("a", 1), ("b", {})]
+
+
+def test_an_entry_that_is_nested_too_deeply_is_refused(file):
+    with pytest.raises(DataError, match="the entry at byte 9 is nested too deeply"):
+        scanned(file, '{"a": 1, "b": ' + "[" * 100_000 + "]" * 100_000 + "}", 1 << 20)
+
+
 # --- JSON lines --------------------------------------------------------------------------------------------------
 
 
@@ -192,6 +202,11 @@ def test_boxes_of_another_size():
             as_shown([[1, 2, 3, 4]], *size, Picture(40, 30))
 
 
+def test_size_as_text_is_shown_as_text():
+    with pytest.raises(Dropped, match="annotated as '40' x 30"):
+        as_shown([], "40", 30, Picture(40, 30))
+
+
 def test_texts():
     assert [text(value, "answer") for value in (" a b\n", 3, 2.5)] == ["a b", "3", "2.5"]
     for value in ("", " ", None, True, ["a"], math.nan):
@@ -208,6 +223,7 @@ def test_pictures(tmp_path):
         (b"", "picture missing"),
         (tmp_path / "gone.png", "picture missing"),
         (tmp_path, "picture missing"),
+        (tmp_path / ("x" * 5000), "picture missing"),
         (b"no picture", "picture unreadable"),
         (encoded(size=(1000, 3)), "picture unreadable"),
     ]:

@@ -98,6 +98,18 @@ def test_settings_of_the_tables(tmp_path):
         prepare_refocus.main(read_config(RefocusConfig, ["--out", str(tmp_path / "out")]))
 
 
+def test_settings_do_not_depend_on_the_working_directory(refocus, tmp_path, monkeypatch):
+    """A folder ./train is not the split train."""
+    config = refocus_config(refocus, tmp_path / "out", revision="main")
+    before = config.settings()
+    for name in ("train", "main"):
+        (tmp_path / "elsewhere" / name).mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert config.settings() == before and before["split"] == "train"
+    monkeypatch.chdir(tmp_path)
+    assert refocus_config(["refocus"], tmp_path / "out").settings()["data"] == str(tmp_path / "refocus")
+
+
 # --- saliency-r1-8k ----------------------------------------------------------------------------------------------
 
 SALIENCY = [  # box as it is written, boxes of the 200 x 100 picture or a reason
@@ -144,6 +156,13 @@ def test_saliency(tmp_path):
         assert (out / row["image"]).read_bytes() == encoded(f"hsl({int(key) * 30}, 80%, 50%)", (200, 100))
     examples = load_examples(str(out / "train.jsonl"))
     assert {example["id"]: example["boxes"] for example in examples} == expected
+
+
+@pytest.mark.parametrize("box", ["[" * 3000, "[" * 900 + "]" * 900], ids=["not JSON", "JSON"])
+def test_saliency_box_that_is_nested_deeply_is_dropped(box):
+    with pytest.raises(Dropped) as caught:
+        prepare_saliency_r1.convert({"problem": "Q?", "solution": "Yes", "bbox": box}, Picture(200, 100))
+    assert caught.value.reason == "box is not four numbers"
 
 
 def test_saliency_with_lists_and_other_names(tmp_path):

@@ -9,7 +9,8 @@ from prepare_folders import HEIGHT, WIDTH, contents, encoded, read_lines
 from config import ConfigError, read_config
 from data import prepare_visual_cot
 from data.examples import load_examples
-from data.prepare_visual_cot import VisualCotConfig, main
+from data.prepare_rows import Dropped, Picture
+from data.prepare_visual_cot import VisualCotConfig, convert, main
 
 BOX = [1.5, 2.0, 20.0, 14.25]
 
@@ -86,6 +87,29 @@ def test_rows_and_boxes(folders, tmp_path):
     assert len(load_examples(str(tmp_path / "out" / "train.jsonl"))) == len(expected)
     main(VisualCotConfig(**settings, out=str(tmp_path / "one"), num_processes=1))
     assert contents(tmp_path / "one") == contents(tmp_path / "out")
+
+
+def test_a_hostile_row_does_not_stop_the_run(folders, tmp_path):
+    metadata, images = folders
+    deep = "[" * 3000
+    rows = [
+        line("vsr", "x" * 5000, "A?"),
+        line("x" * 5000, "1.jpg", "B?"),
+        line(["vsr"], "1.jpg", "C?"),
+        line("vsr", "a\0b", "D?"),
+    ]
+    lines = [*map(json.dumps, rows), deep, json.dumps(line("vsr", "1.jpg", "E?"))]
+    (Path(metadata) / "metadata" / "vsr_cot_train.jsonl").write_text("\n".join(lines) + "\n")
+    settings = {"metadata": metadata, "images": images, "subsets": ["vsr"], "num_processes": 1}
+    report = main(VisualCotConfig(**settings, out=str(tmp_path / "out")))
+    assert report["kept"] == 1 and report["dropped"] == {"picture missing": 4, "line is not JSON": 1}
+
+
+def test_size_written_as_text():
+    row = line("vsr", "1.jpg", "A?", width=str(WIDTH), height=f"{HEIGHT}.0")
+    assert convert(row, Picture(WIDTH, HEIGHT))["boxes"] == [BOX]
+    with pytest.raises(Dropped, match="(?s)boxes or size of another form.*'wide'"):
+        convert(row | {"width": "wide"}, Picture(WIDTH, HEIGHT))
 
 
 def test_subsets(folders, tmp_path):

@@ -11,7 +11,7 @@ from PIL import Image
 
 from data.examples import DataError, load_examples
 from data.pictures import load_mask
-from data.regions import BOX_FORMATS, fit_box, fit_polygon, paint_region
+from data.regions import BOX_FORMATS, fit_box, fit_polygon, paint_region, polygons_per_image
 
 # ------------------------------------------------------------------------------------------------- box formats
 
@@ -137,15 +137,43 @@ FLAT = [2, 3, 20, 3, 2, 25]
         (FLAT, [TRIANGLE]),
         ([[TRIANGLE, TRIANGLE]], [TRIANGLE, TRIANGLE]),
         ([[FLAT]], [TRIANGLE]),
+        ([[FLAT, FLAT], [FLAT], []], [TRIANGLE, TRIANGLE, TRIANGLE]),
+        ([[TRIANGLE], [TRIANGLE, FLAT]], [TRIANGLE, TRIANGLE, TRIANGLE]),
         ([[[-1, 0], [40.5, 0], [0, 31]]], [[[0, 0], [40, 0], [0, 30]]]),
         ([[[0, 0], [10, 10], [10, 0], [0, 10]]], [[[0, 0], [10, 10], [10, 0], [0, 10]]]),
     ],
-    ids=["points", "flat", "mixed", "one", "one flat", "wrapped", "wrapped flat", "clipped", "figure of eight"],
+    ids=[
+        "points",
+        "flat",
+        "mixed",
+        "one",
+        "one flat",
+        "wrapped",
+        "wrapped flat",
+        "of objects",
+        "points of objects",
+        "clipped",
+        "figure of eight",
+    ],
 )
 def test_every_way_to_write_polygons(folder, polygons, expected):
     example = load_examples(write_jsonl(folder, without("boxes") | {"polygons": polygons}))[0]
     assert example["polygons"] == expected
     assert example["boxes"] == [] and "masks" not in example
+
+
+def test_polygons_of_coco_objects_through_fields(folder):
+    row = without("boxes") | {"objects": [{"segmentation": [FLAT, FLAT]}, {"segmentation": [FLAT]}]}
+    example = load_examples(write_jsonl(folder, row), fields=["polygons=objects.segmentation"])[0]
+    assert example["polygons"] == [TRIANGLE] * 3
+
+
+def test_polygons_nested_deeply_are_refused_without_recursion():
+    polygons = [1, 2, 3]
+    for _ in range(5000):
+        polygons = [polygons]
+    with pytest.raises(DataError, match="polygons is nested 5001 lists deep"):
+        polygons_per_image(polygons, 1)
 
 
 @pytest.mark.parametrize(("box_format", "scale"), [("xywh_normalized", [40, 30]), ("xyxy_1000", [0.04, 0.03])])

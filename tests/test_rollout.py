@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import rollout
-from config import ConfigError
+from checkpoint import keep_steps_until
+from config import ConfigError, read_jsonl
 from data.examples import DataError, load_examples
 from prompts import base_model, encode_prompt
 from rollout import (
@@ -19,7 +20,6 @@ from rollout import (
     check_prompts,
     choose_tokens,
     group_generator,
-    max_positions,
     sample_group,
     sample_groups,
 )
@@ -164,16 +164,52 @@ def test_too_long_prompts_are_all_found_before_work_starts(policy, examples, tmp
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     data = load_examples(str(tmp_path / "rows.jsonl"), require_boxes=False)
     with pytest.raises(DataError) as error:
-        check_prompts(max_positions(policy[0]), policy[1], data, None, 16)
+        check_prompts(*policy, data, RolloutConfig(system_prompt=None), 16)
     assert "rows.jsonl:2" in str(error.value) and "rows.jsonl:4" in str(error.value)
     assert "rows.jsonl:1'" not in str(error.value) and "rows.jsonl:3" not in str(error.value)
-    check_prompts(
-        max_positions(policy[0]),
-        policy[1],
-        data[:1] and load_examples(str(tmp_path / "rows.jsonl"), limit=1, require_boxes=False),
-        None,
-        16,
+    short = load_examples(str(tmp_path / "rows.jsonl"), limit=1, require_boxes=False)
+    check_prompts(*policy, short, RolloutConfig(system_prompt=None), 16)
+
+
+def test_prompts_that_cannot_be_used_are_skipped_like_bad_rows(policy, examples, tmp_path, capsys):
+    """--bad_rows skip left out bad rows, but one prompt of 20,000 that was too long stopped the run."""
+    examples[0]["image"].save(tmp_path / "picture.png")
+    questions = ["Where?", "Where? " * 900, "<|image_pad|>?", "Who?"]
+    rows = [{"id": f"row {i}", "image": "picture.png", "question": q, "answer": "x"} for i, q in enumerate(questions)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = load_examples(str(tmp_path / "rows.jsonl"), require_boxes=False)
+    check_prompts(*policy, data, RolloutConfig(bad_rows="skip"), 16)
+    assert [example["id"] for example in data] == ["row 0", "row 3"] and len(data.skipped) == 2
+    assert "2 examples of" in capsys.readouterr().err
+    data.drop([(0, "gone"), (1, "gone")])
+    with pytest.raises(DataError, match="no example is left"):
+        only_bad = load_examples(str(tmp_path / "rows.jsonl"), require_boxes=False)
+        only_bad.drop([(0, ""), (3, "")])
+        check_prompts(*policy, only_bad, RolloutConfig(bad_rows="skip"), 16)
+
+
+@pytest.mark.parametrize("text", ["first\u2028second", "one\u0085two", "a\x0bb\x0cc"])
+def test_line_breaks_of_unicode_in_texts_do_not_break_files(tmp_path, text):
+    """str.splitlines took them for the ends of lines, and a run could not be resumed."""
+    path = tmp_path / "rows.jsonl"
+    path.write_text(
+        "".join(json.dumps({"step": n, "text": text}, ensure_ascii=False) + "\n" for n in (1, 2, 3)), "utf-8"
     )
+    assert [row["text"] for _, row in read_jsonl(path)] == [text] * 3
+    keep_steps_until(path, 2)
+    assert [row["step"] for _, row in read_jsonl(path)] == [1, 2]
+
+
+def test_a_foreign_output_file_is_left_as_it_is(tmp_path):
+    path = tmp_path / "notes.txt"
+    for content in ("my notes\nno newline at the end", '{"id": "7"}\n'):
+        path.write_text(content)
+        with pytest.raises(ConfigError, match=r"notes\.txt"):
+            rollout.main(RolloutConfig(data="scenes", limit=1, output=str(path), resume=True))
+        assert path.read_text() == content
+    (tmp_path / "picture.png").write_bytes(b"\x89PNG\xff\xfe")
+    with pytest.raises(ConfigError, match="not a text file"):
+        read_jsonl(tmp_path / "picture.png")
 
 
 def test_the_command_writes_rows_and_goes_on_where_it_stopped(tmp_path, monkeypatch):
@@ -211,8 +247,8 @@ def test_placeholders_are_found_before_work_starts(policy, examples, tmp_path, f
     data = load_examples(str(tmp_path / folder / "rows.jsonl"), require_boxes=False)
     data.name = f"{folder}/rows.jsonl"
     with pytest.raises(DataError, match=r"rows\.jsonl:2.*<\|image_pad\|>"):
-        check_prompts(max_positions(policy[0]), policy[1], data, None, 16)
+        check_prompts(*policy, data, RolloutConfig(system_prompt=None), 16)
     with pytest.raises(DataError, match="system_prompt"):
-        check_prompts(max_positions(policy[0]), policy[1], data, "Look at <|image_pad|>.", 16)
+        check_prompts(*policy, data, RolloutConfig(system_prompt="Look at <|image_pad|>."), 16)
     with pytest.raises(DataError, match="max_new_tokens=100000"):
-        check_prompts(max_positions(policy[0]), policy[1], load_examples("scenes"), None, 100_000)
+        check_prompts(*policy, load_examples("scenes"), RolloutConfig(system_prompt=None), 100_000)

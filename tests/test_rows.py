@@ -112,6 +112,59 @@ def test_row_without_a_mapped_column_is_bad_alone(folder):
         load_examples(data, fields=FIELDS)
 
 
+def test_mapped_name_does_not_fall_back_to_its_own_column(folder):
+    fallback = without("question") | {"query": "What color?"}
+    data = write_jsonl(folder, fallback, GOOD | {"question": "Another?", "id": "without query"})
+    with pytest.raises(DataError, match=r"train\.jsonl:2 \(id 'without query'\): question is None"):
+        load_examples(data, fields=["question=query"])
+    objects = [{"bbox": [1, 2, 3, 4]}, {"area": 3}]
+    data = write_jsonl(folder, GOOD | {"objects": objects[:1]}, GOOD | {"objects": objects})
+    with pytest.raises(DataError, match=r"train\.jsonl:2: boxes is empty or missing"):
+        load_examples(data, fields=["boxes=objects.bbox"])
+
+
+def test_mapped_column_that_is_a_name_itself_keeps_it(folder):
+    example = load_examples(write_jsonl(folder, GOOD), fields=["id=image"])[0]
+    assert example["id"] == "a.png" and example["image"].size == (40, 30)
+    example = load_examples(write_jsonl(folder, GOOD), fields=["answer=question"])[0]
+    assert example["answer"] == example["question"] == GOOD["question"]
+    # A region is of one kind: boxes that a file calls polygons are not polygons, too.
+    example = load_examples(
+        write_jsonl(folder, without("boxes") | {"polygons": [[1, 2, 30, 20]]}), fields=["boxes=polygons"]
+    )[0]
+    assert example["boxes"] == [[1, 2, 30, 20]] and "polygons" not in example
+
+
+@pytest.mark.parametrize("kind", ["folder", "hub", "parquet"])
+@pytest.mark.parametrize("mapped", [False, True])
+def test_class_labels_are_their_names(folder, kind, mapped):
+    label = datasets.ClassLabel(names=["cat", "dog"])
+    rows = [
+        without("answer") | {"answer": number, "objects": [{"kind": 1}, {"kind": None}], "meta": {"tags": [0, 1]}}
+        for number in (1, 0, -1)
+    ]
+    features = datasets.Dataset.from_list(rows).features | {
+        "answer": label,
+        "objects": [{"kind": label}],
+        "meta": {"tags": datasets.Sequence(label)},
+    }
+    if mapped:
+        rows = [{"label" if key == "answer" else key: value for key, value in row.items()} for row in rows]
+        features["label"] = features.pop("answer")
+    table = datasets.Dataset.from_list(rows, features=datasets.Features(features))
+    data = str(folder / "table" / "train.parquet") if kind == "parquet" else str(folder / "table")
+    (folder / "table").mkdir()
+    table.save_to_disk(data) if kind == "folder" else table.to_parquet(folder / "table" / "train.parquet")
+    for name in ("a.png", "b.png"):
+        (folder / "table" / name).write_bytes((folder / name).read_bytes())
+    fields = ["answer=label"] if mapped else []
+    examples = load_examples(data, fields=fields, bad_rows="skip")
+    assert [example["answer"] for example in examples] == ["dog", "cat"]
+    assert len(examples.skipped) == 1 and "answer is None" in examples.skipped[0]  # -1 is no label
+    assert examples[0]["objects"] == [{"kind": "dog"}, {"kind": None}]
+    assert examples[0]["meta"] == {"tags": ["cat", "dog"]}
+
+
 def test_the_settings_reach_the_loader(folder):
     data = write_jsonl(folder, NESTED, NESTED | {"uid": 8})
     flags = ["--data", data, "--limit", "1", "--box_format", "xywh", "--fields", *FIELDS]

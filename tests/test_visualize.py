@@ -7,6 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
+import rollout
 from prompts import token_cells
 from reward import RewardConfig
 from rollout import sample_group
@@ -64,3 +65,13 @@ def test_curves_are_drawn_from_what_there_is(tmp_path):
     assert not (tmp_path / "none.png").exists()
     with pytest.raises(FileNotFoundError):
         plot_curves(tmp_path / "gone.jsonl", tmp_path / "none.png")
+
+
+def test_a_completion_that_ends_at_once_looks_nowhere(policy, examples, monkeypatch, tmp_path):
+    """An empty completion made a heat map of nothing, and drawing it failed."""
+    model, processor = policy
+    monkeypatch.setattr(rollout, "eos_token_ids", lambda *_: set(range(len(processor.tokenizer))))
+    shown = examples[0] | {"images": [examples[0]["image"]]}
+    heat, text, tas = look(model, processor, shown, RewardConfig())
+    assert heat.max() == 0 and np.isnan(tas)
+    plot_attention([shown], {"base": [(heat, text, tas)]}, tmp_path / "empty.png")
