@@ -135,7 +135,9 @@ def packed_attention(
     for group in groups:
         middle, end = start + group.prompt_length, start + group.prompt_length + group.num_tokens
         prompt = [part[:, :, start:middle] for part in (query, key, value)]
-        outputs.append(scaled_dot_product_attention(*prompt, is_causal=True, scale=scaling, enable_gqa=True))
+        # Not every kernel takes fewer heads of keys than of queries, and the one that is left makes an S x S matrix.
+        repeated = [part.repeat_interleave(query.shape[1] // part.shape[1], dim=1) for part in prompt]
+        outputs.append(scaled_dot_product_attention(*repeated, is_causal=True, scale=scaling))
         if group.num_tokens:
             own = [part[:, :, middle:end] for part in (query, key, value)]
             outputs.append(completions(own[0], prompt[1], prompt[2], own[1], own[2], group, scaling))
