@@ -26,6 +26,7 @@ from attention import PROBED_ATTENTION, SamplingCache
 from config import ConfigError, PolicyConfig, SamplingConfig, option, read_jsonl, run_command, writable
 from data.examples import DataError, load_examples
 from families import pictures_of
+from loading import eos_token_ids, suppressed_token_ids
 from packing import Tokens, model_layout, packed_layout, split_by_tokens
 from prompts import (
     Prompt,
@@ -40,11 +41,9 @@ from prompts import (
 from vlm import (
     TokenStatistics,
     attention_name,
-    eos_token_ids,
     evaluating,
     forward_hidden,
     load_policy,
-    suppressed_token_ids,
 )
 
 

@@ -14,6 +14,7 @@ import rollout
 from checkpoint import keep_steps_until
 from config import ConfigError, read_jsonl
 from data.examples import DataError, load_examples
+from loading import eos_token_ids, load_policy, suppressed_token_ids
 from prompts import base_model, encode_prompt
 from rollout import (
     RolloutConfig,
@@ -23,7 +24,6 @@ from rollout import (
     sample_group,
     sample_groups,
 )
-from vlm import eos_token_ids, load_policy, suppressed_token_ids
 
 
 @pytest.mark.parametrize("family", FAMILIES)

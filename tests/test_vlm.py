@@ -9,16 +9,15 @@ from peft import PeftModel
 
 import vlm
 from data.scenes import Scenes
+from loading import eos_token_ids, suppressed_token_ids
 from packing import packed_layout, split_by_tokens, tree_mask
 from prompts import base_model, encode_prompt, vision_is_frozen
 from vlm import (
-    eos_token_ids,
     evaluating,
     group_logprobs,
     load_policy,
     resolve_layers,
     row_logprobs,
-    suppressed_token_ids,
     token_statistics,
 )
 

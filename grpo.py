@@ -1,0 +1,90 @@
+"""The mathematics of GRPO: advantages of a group, and the loss of its tokens. Pure functions of tensors."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo")
+
+
+def group_advantages(rewards: Tensor, scale: str = "group") -> Tensor:
+    """How much better than its group each completion is: (r - mean) / (std + 1e-4), or r - mean for scale "none".
+
+    Example: rewards (1, 0, 0, 1) give about (0.87, -0.87, -0.87, 0.87).
+
+    Args:
+        rewards: (G,) of one group, G of at least 2.
+
+    Raises:
+        ValueError: G below 2, or another scale.
+    """
+    rewards = rewards if rewards.is_floating_point() else rewards.float()
+    if len(rewards) < 2:
+        raise ValueError(f"a group of {len(rewards)} has nothing to compare: num_generations must be 2 or more")
+    if scale not in ("group", "none"):
+        raise ValueError(f'scale={scale!r}: valid are "group" and "none"')
+    if rewards.max() == rewards.min():
+        return torch.zeros_like(rewards)  # exactly: rounding in the mean, divided by 1e-4, would become a gradient
+    centered = rewards - rewards.mean()  # (G,)
+    return centered / (rewards.std() + 1e-4) if scale == "group" else centered
+
+
+def grpo_loss(
+    logps: Sequence[Tensor],
+    old_logps: Sequence[Tensor],
+    ref_logps: Sequence[Tensor] | None,
+    advantages: Tensor,
+    *,
+    beta: float,
+    clip_low: float,
+    clip_high: float,
+    loss_type: str,
+    max_new_tokens: int | None = None,
+    num_items: float | None = None,
+) -> tuple[Tensor, dict[str, float]]:
+    """GRPO loss of one group: PPO clipping of the ratio to the sampling policy, plus beta times the k3 KL to the base.
+
+    Args:
+        logps: G tensors (n_i,), differentiable. old_logps: of the policy that sampled. ref_logps: of the base;
+            None when beta is 0.
+        advantages: (G,).
+        loss_type: how the token losses are weighted, with TRL's meaning: "grpo" 1 / (G n_i), the mean of each
+            completion's mean; "bnpo" 1 / Σn, all tokens of the group alike; "dr_grpo" 1 / (G max_new_tokens), no
+            length bias; "dapo" 1 / num_items, all tokens of the step alike.
+        max_new_tokens: for "dr_grpo"; by default the longest completion.
+        num_items: for "dapo"; by default Σn.
+
+    Returns:
+        (scalar loss, {"kl", "clip_fraction"}), the statistics as means over tokens.
+
+    Raises:
+        ValueError: another loss_type, or beta without ref_logps.
+    """
+    if beta and ref_logps is None:
+        raise ValueError(f"beta={beta} needs ref_logps, the log-probs of the base model; or give beta=0")
+    if loss_type not in LOSS_TYPES:
+        raise ValueError(f"loss_type={loss_type!r}: valid are {', '.join(map(repr, LOSS_TYPES))}")
+    lengths = torch.tensor([len(logp) for logp in logps], device=logps[0].device)  # (G,)
+    new, old = torch.cat(list(logps)), torch.cat(list(old_logps))  # (T,), T = Σ n_i
+    advantage = advantages.to(new).repeat_interleave(lengths)  # (T,)
+    ratio = (new - old).exp()
+    clipped = ratio.clamp(1 - clip_low, 1 + clip_high)
+    token_loss = -torch.minimum(ratio * advantage, clipped * advantage)  # (T,)
+    kl = torch.zeros_like(new)
+    if beta:
+        difference = torch.cat(list(ref_logps)) - new
+        kl = difference.exp() - difference - 1
+        token_loss = token_loss + beta * kl
+    if loss_type == "grpo":
+        weight = (1 / (len(logps) * lengths.clamp(min=1).to(new))).repeat_interleave(lengths)  # (T,)
+    elif loss_type == "bnpo":
+        weight = 1 / max(1, len(new))
+    elif loss_type == "dr_grpo":
+        weight = 1 / (len(logps) * (max_new_tokens or max(1, int(lengths.max()))))
+    else:
+        weight = 1 / (num_items or max(1, len(new)))
+    is_clipped = (ratio * advantage > clipped * advantage).float()
+    count = max(1, len(new))
+    stats = {"kl": kl.detach().sum().item() / count, "clip_fraction": is_clipped.sum().item() / count}
+    return (token_loss * weight).sum(), stats
