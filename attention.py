@@ -185,11 +185,12 @@ class SamplingCache:
                 continue
             prompt_keys, prompt_values = (part[0, :, columns] for part in self.prompts[layer])  # (H_kv, P, d)
             together = queries[rows].transpose(0, 1).flatten(1, 2)  # (H_kv, rows * H / H_kv, d)
-            on_prompt = (together @ prompt_keys.mT).unflatten(1, (number, -1)).transpose(0, 1)
-            weights = torch.cat([on_prompt, on_own[rows]], dim=-1).float().softmax(-1).to(query.dtype)
-            output = weights[..., :length].transpose(0, 1).flatten(1, 2) @ prompt_values
-            output = output.unflatten(1, (number, -1)).transpose(0, 1)  # (rows, H_kv, H / H_kv, d)
-            outputs.append(output + weights[..., length:] @ values[rows])
+            # The prompt's part is the large one: it stays as its product makes it, and the own part is turned to it.
+            scores = torch.cat([together @ prompt_keys.mT, on_own[rows].transpose(0, 1).flatten(1, 2)], dim=-1)
+            weights = scores.float().softmax(-1).to(query.dtype)  # (H_kv, rows * H / H_kv, P + t)
+            output, own = weights[..., :length] @ prompt_values, weights[..., length:]
+            output, own = (part.unflatten(1, (number, -1)).transpose(0, 1) for part in (output, own))
+            outputs.append(output + own @ values[rows])  # (rows, H_kv, H / H_kv, d)
         return torch.cat(outputs).flatten(1, 2).transpose(0, 1)[None]  # (1, H, m, d)
 
 

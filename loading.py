@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor,
 
 from attention import PROBED_ATTENTION
 from families import FAMILIES, LANGUAGE_MODULE, PolicyError, pictures_of, unsupported
+from lora import add_in_place
 from prompts import base_model
 
 
@@ -94,6 +95,7 @@ def load_policy(
         policy.set_attn_implementation({"text_config": PROBED_ATTENTION})
     if adapter is not None or lora_rank > 0:
         policy = _with_adapter(policy, adapter, lora_rank, lora_alpha, lora_targets, load_in_4bit)
+        add_in_place(policy)
     return policy.eval(), processor
 
 

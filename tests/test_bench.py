@@ -9,10 +9,20 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import bench
-from bench import BenchConfig, build_model, example, measure_sampling, measure_sayo, multiply_adds, picture
+from bench import BenchConfig
 from config import ConfigError, read_config
 from prompts import encode_prompt
 from vlm import group_logprobs, load_policy
+from workloads import (
+    RANK,
+    build_model,
+    example,
+    measure_probe,
+    measure_sampling,
+    measure_sayo,
+    multiply_adds,
+    picture,
+)
 
 SMALL = {"image_tokens": 16, "num_generations": 3, "max_new_tokens": 5, "hidden_size": 64, "num_layers": 2}
 
@@ -28,9 +38,44 @@ def test_this_project_and_trl_are_compared(tmp_path):
     for found in point["results"].values():
         assert found["seconds"]["step"] > 0 and found["peak_megabytes"] >= found["baseline_megabytes"] > 100
     assert set(point["results"]["packed"]["seconds"]) == {"step", "rollout", "reference", "update"}
-    assert "trl / packed" in done.stdout and "floor" in done.stdout
-    bench.plot([point | {"sweep": name} for name in bench.SWEEPS], tmp_path / "bench.png")
-    assert (tmp_path / "bench.png").stat().st_size > 10_000
+    assert all(words in done.stdout for words in ("trl / packed", "floor", "the multiply-adds of the three"))
+    assert (tmp_path / "bench.png").stat().st_size > 5_000
+    points = [
+        point | {"sweep": name, "setting": point["setting"] | {name: size}}
+        for name, sizes in bench.SWEEPS.items()
+        for size in sizes
+    ]
+    bench.plot_sweep(points, tmp_path / "sweep.png")
+    assert (tmp_path / "sweep.png").stat().st_size > 10_000
+
+
+def test_a_stopped_sweep_goes_on_where_it_was(tmp_path, monkeypatch):
+    monkeypatch.setattr(bench, "SWEEPS", {"image_tokens": (4, 16), "num_generations": (2,), "max_new_tokens": (5,)})
+    output = tmp_path / "sweep.json"
+    config = BenchConfig(**SMALL, variants=["packed"], sweep=True, output=str(output))
+    asked, stage = [], {"reference": 1.0, "update": 2.0}
+
+    def measured(setting, variant, folder):
+        asked.append((setting.image_tokens, setting.num_generations))
+        if len(asked) == 3:
+            raise KeyboardInterrupt
+        tokens = setting.image_tokens + setting.num_generations * setting.max_new_tokens
+        seconds = {name: value * tokens for name, value in stage.items()} | {"step": 5.0 * tokens + 1}
+        memory = {"baseline_megabytes": 100, "peak_megabytes": 200}
+        return {"seconds": seconds, "tokens_per_second": 1.0, "matrix_speed": 1e9} | memory
+
+    monkeypatch.setattr(bench, "measure", measured)
+    with pytest.raises(KeyboardInterrupt):
+        bench.main(config)
+    bench.main(config)
+    assert asked == [(4, 3), (16, 3), (16, 2), (16, 2), (16, 3)]  # the third one was stopped, and asked again
+    points = json.loads(output.read_text())["points"]
+    assert [point["sweep"] for point in points] == ["image_tokens", "image_tokens", "num_generations", "max_new_tokens"]
+    # The times above are a straight line, 3 s and 5 s a token.
+    assert "reference + update: -0.00 s" in (text := bench.linearity(points)) or "reference + update: 0.00 s" in text
+    assert "3000.00 ms" in text and "whole step: 1.00 s + 5000.00 ms" in text and text.count("R² 1.000") == 2
+    other = BenchConfig(**SMALL | {"num_layers": 3}, variants=["packed"], sweep=True, output=str(output))
+    assert bench.measured_before(other) == []
 
 
 def test_both_layouts_are_measured_by_stage_and_the_sampling_of_several_groups(tmp_path):
@@ -39,10 +84,14 @@ def test_both_layouts_are_measured_by_stage_and_the_sampling_of_several_groups(t
     for layout in ("packed", "padded"):
         found = measure_sayo(config, str(tmp_path), layout)
         assert len(found["steps"]) == 2
-        assert all(0 < stage <= step["step"] for step in found["steps"] for stage in step.values())
+        for step in found["steps"]:
+            assert step.pop("matrix_speed") > 1e8
+            assert all(0 < stage <= step["step"] for stage in step.values())
     curve = measure_sampling(config, str(tmp_path))
-    assert [point["groups"] for point in curve] == [1, 2, 4, 8, 16, 32]
-    assert all(point["tokens_per_second"] > 0 for point in curve)
+    assert [point["groups"] for point in curve["points"]] == [1, 2, 4, 8, 16, 32]
+    assert all(point["tokens_per_second"] > 0 for point in curve["points"])
+    probe = measure_probe(config, str(tmp_path))
+    assert probe["with_probe"] / probe["without"] - 1 == probe["share"]
 
 
 def test_the_floor_counts_the_multiply_adds_of_a_forward(tmp_path):
@@ -64,10 +113,11 @@ def test_the_floor_counts_the_multiply_adds_of_a_forward(tmp_path):
     floor = multiply_adds(config, parameters, len(prompt.input_ids))
     forward = tokens * parameters["text"] + 15 * parameters["head"]
     assert products == pytest.approx(forward, rel=0.02)
-    trained, _ = load_policy(str(tmp_path), lora_rank=bench.RANK)
+    trained, _ = load_policy(str(tmp_path), lora_rank=RANK)
     assert parameters["lora"] == sum(p.numel() for p in trained.parameters() if p.requires_grad)
     expected = 3 * tokens * (parameters["text"] + parameters["lora"]) + 4 * attention + 4 * 15 * parameters["head"]
-    assert floor["reference + update"] == pytest.approx(expected, rel=1e-6)
+    assert floor["reference"] + floor["update"] == pytest.approx(expected, rel=1e-6)
+    assert floor["scoring"] == pytest.approx(forward + attention + tokens * parameters["lora"], rel=1e-6)
 
 
 @pytest.mark.parametrize("image_tokens", [1, 64, 96, 1024])
