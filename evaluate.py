@@ -5,28 +5,68 @@ adapter answer the same questions, and the paired difference has its interval to
 
     python evaluate.py --data scenes:heldout --limit 512
     python evaluate.py --data scenes:heldout --limit 512 --adapter runs/sayo/adapter --json result.json
+    python evaluate.py --model Qwen/Qwen3-VL-4B-Instruct --adapter runs/qwen4b/adapter --benchmarks all \\
+        --max_new_tokens 512 --output_dir evaluations/qwen4b
+
+Benchmarks (data/benchmarks.py) come from the Hub or from --benchmark_root. In an output folder every answer is written
+down as it comes, so that the same command goes on after a stop and asks nothing twice:
+
+    OUTPUT_DIR/vstar/base.jsonl           a row for each example; base.settings.json: what it was made with
+    OUTPUT_DIR/vstar/adapter.jsonl        the same of the adapter
+    OUTPUT_DIR/results.json, table.txt    summaries
 """
 
+import difflib
+import hashlib
 import json
-import math
-from collections.abc import Sequence
+import os
+import re
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import numpy as np
 from accelerate.utils import gather_object
 from torch.utils.data import Subset
 from tqdm import tqdm
 
-from config import PolicyConfig, at_least, option, run_command
+from config import ConfigError, PolicyConfig, at_least, option, read_jsonl, run_command
+from data.benchmarks import BENCHMARKS, PAPER_NINE, load_benchmark, local_copies, published
 from data.examples import load_examples
-from reward import RewardConfig, score_group
+from prompts import question_text
+from reward import RewardConfig, extract_answer, score_group
 from rollout import check_prompts, sample_groups
+from tables import (
+    METRICS,
+    bootstrap_interval,
+    compare,
+    format_overview,
+    format_table,
+    report,
+    summarize,
+    with_nan,
+    without_nan,
+)
 from vlm import load_policy, resolve_layers
 
-METRICS = ("accuracy", "format", "tas", "tas_selected", "length", "truncated")
+__all__ = [
+    "METRICS",
+    "bootstrap_interval",
+    "compare",
+    "evaluate_policy",
+    "evaluate_shared",
+    "format_table",
+    "report",
+    "summarize",
+    "with_nan",
+    "without_nan",
+]
+
 EXAMPLES_AT_A_TIME = 16  # pixels of so many pictures are in memory together
+# What an answer does not depend on; everything else binds the rows of an output folder.
+MAY_CHANGE = ("attention_weight", "format_weight", "accuracy_weight", "limit", "bad_rows", "sampling_tokens", "seed")
+MAY_CHANGE += ("benchmarks", "benchmark_root", "output_dir", "json")
+OF_DATA = ("data", "split", "box_format", "fields")  # benchmarks have their own
 
 
 @dataclass
@@ -34,27 +74,77 @@ class EvaluateConfig(RewardConfig, PolicyConfig):
     """Evaluate a model, and its adapter if there is one, with greedy decoding."""
 
     data: str = option("scenes:heldout", "Examples: .jsonl, .parquet, a datasets folder, a Hub id, or scenes:heldout.")
-    max_new_tokens: int = option(64, "Longest completion in tokens.")
+    benchmarks: list[str] | None = option(
+        None, f"Benchmarks instead of data: all (the paper's nine), or some of {', '.join(BENCHMARKS)}."
+    )
+    benchmark_root: list[str] | None = option(
+        None, "Local copies of benchmarks: folders that hold them, or name=path; without it, the Hub."
+    )
+    output_dir: str | None = option(
+        None, "Folder of rows and results; a stopped evaluation goes on there. Benchmarks: evaluations/MODEL."
+    )
+    max_new_tokens: int = option(
+        64, "Longest completion in tokens; the paper's benchmark figures were taken with 2048."
+    )
     json: str | None = option(None, "JSON file for the summary and every completion.")
 
     def problems(self) -> list[str]:
         found = super().problems() + at_least(self, 1, "max_new_tokens")
         if self.json and (not Path(self.json).absolute().parent.is_dir() or Path(self.json).is_dir()):
             found.append(f"json={self.json!r}: give the name of a file in a folder that exists")
+        for name in self.benchmarks or ():
+            if name != "all" and name not in BENCHMARKS:
+                near = difflib.get_close_matches(name.lower(), BENCHMARKS, n=1, cutoff=0.5)
+                hint = f"did you mean {near[0]}?" if near else f"valid: all, {', '.join(BENCHMARKS)}"
+                found.append(f"benchmarks={name!r}: {hint}")
+        if self.benchmarks and self.data != EvaluateConfig.data:
+            found.append(f"data={self.data!r} beside benchmarks={self.benchmarks}: give one of them")
+        if self.benchmark_root and self.benchmarks is None:
+            found.append("benchmark_root without benchmarks: add --benchmarks all, or leave it out")
+        known = [name for name in self.benchmark_names() if name in BENCHMARKS]
+        found += local_copies(known, self.benchmark_root or [])[1]
+        if folder := self.folder():
+            existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+            if not existing.is_dir() or not os.access(existing, os.W_OK):
+                found.append(f"output_dir={str(folder)!r}: {str(existing)!r} is no folder that can be written to")
         return found
 
+    def benchmark_names(self) -> list[str]:
+        """The chosen benchmarks, each once; [] where data is evaluated."""
+        names = [part for name in self.benchmarks or () for part in (PAPER_NINE if name == "all" else (name,))]
+        return list(dict.fromkeys(names))
 
-def evaluate_policy(model, processor, examples: Sequence[dict], config, *, description: str = "evaluate") -> list[dict]:
-    """One row per example: id, text, and a number for each of METRICS.
+    def folder(self) -> Path | None:
+        """Where rows are kept; None when they are not."""
+        if self.output_dir or not self.benchmarks:
+            return Path(self.output_dir) if self.output_dir else None
+        parts = [re.sub(r"[^\w.-]+", "-", part).strip("-.") for part in (self.model, self.adapter) if part]
+        return Path("evaluations") / "+".join(parts)
+
+
+def evaluate_policy(
+    model,
+    processor,
+    examples: Sequence[dict],
+    config,
+    *,
+    description: str = "evaluate",
+    done: Sequence[dict] = (),
+    save: Callable[[list[dict]], None] | None = None,
+) -> list[dict]:
+    """One row per example: id, text, the answer in it, the right one, and a number for each of METRICS.
 
     Args:
         config: anything with the fields of RewardConfig and PolicyConfig, and max_new_tokens.
+        done: rows of other examples, which count in the progress bar and its running accuracy alone.
+        save: is given the new rows, a few at a time, as they come.
 
     Returns:
         Rows in the order of the examples. `tas` is NaN for an example without boxes; `length` is in tokens, EOS left
         out.
     """
-    rows, progress = [], tqdm(total=len(examples), desc=description, unit="example")
+    rows, right = [], sum(row["accuracy"] for row in done)
+    progress = tqdm(total=len(done) + len(examples), initial=len(done), desc=description, unit="example")
     for start in range(0, len(examples), EXAMPLES_AT_A_TIME):
         groups = sample_groups(
             model,
@@ -66,14 +156,21 @@ def evaluate_policy(model, processor, examples: Sequence[dict], config, *, descr
             system_prompt=config.system_prompt,
             sampling_tokens=config.sampling_tokens,
         )
+        new = []
         for group in groups:
             scores = score_group(model, group, config)
             row = {name: float(scores[name][0]) for name in ("accuracy", "format", "tas", "tas_selected")}
             row["length"] = len(group.completions[0]) - (not group.truncated[0])
             row["truncated"] = float(group.truncated[0])
             row |= {"id": group.example.get("id"), "kind": group.example.get("kind"), "text": group.texts[0]}
-            rows.append(row)
+            row |= {"said": extract_answer(group.texts[0]), "answer": group.example["answer"]}
+            new.append(row)
+            right += row["accuracy"]
+            progress.set_postfix(accuracy=f"{right / (len(done) + len(rows) + len(new)):.3f}", refresh=False)
             progress.update()
+        rows += new
+        if save:
+            save(new)
     progress.close()
     return rows
 
@@ -85,104 +182,188 @@ def evaluate_shared(model, processor, examples, config, accelerator, description
     return [row for _, row in sorted(gather_object(list(zip(share, rows, strict=True))), key=lambda pair: pair[0])]
 
 
-def bootstrap_interval(
-    values: Sequence[float], *, resamples: int = 10_000, seed: int = 0
-) -> tuple[float, float, float]:
-    """Mean of the values that are not NaN, and the ends of its 95 % percentile bootstrap interval.
-
-    Args:
-        values: (n,) one per example; for a paired comparison, the differences.
-
-    Returns:
-        (mean, low, high); three NaN when there is no value.
-    """
-    known = np.asarray([value for value in values if not math.isnan(value)], dtype=np.float64)  # (n,)
-    if len(known) == 0:
-        return math.nan, math.nan, math.nan
-    generator = np.random.default_rng(seed)
-    rows_at_a_time = max(1, 2_000_000 // len(known))
-    means = []
-    for start in range(0, resamples, rows_at_a_time):
-        rows = min(rows_at_a_time, resamples - start)
-        means.append(known[generator.integers(len(known), size=(rows, len(known)))].mean(1))
-    low, high = np.percentile(np.concatenate(means), [2.5, 97.5])
-    return float(known.mean()), float(low), float(high)
+# --- an evaluation that goes on after a stop ----------------------------------------------------------------------
 
 
-def summarize(rows: Sequence[dict]) -> dict[str, tuple[float, float, float]]:
-    """(mean, low, high) of every metric."""
-    return {name: bootstrap_interval([row[name] for row in rows]) for name in METRICS}
+def settings_of(config: EvaluateConfig, policy: str) -> dict:
+    """What the rows of a policy ("base" or "adapter") depend on: fields, and the files of a local model and adapter."""
+    left_out = MAY_CHANGE + (OF_DATA if config.benchmarks else ()) + (("adapter",) if policy == "base" else ())
+    settings = {name: value for name, value in asdict(config).items() if name not in left_out}
+    for name in ("model", "adapter"):
+        folder = Path(config.policy_arguments(0)[name] or "")
+        if name in settings and settings[name] and folder.is_dir():
+            settings[f"files of {name}"] = _digest(folder)
+    return settings
 
 
-def compare(before: Sequence[dict], after: Sequence[dict]) -> dict[str, tuple[float, float, float]]:
-    """(mean, low, high) of the paired difference after - before of every metric.
+def _digest(folder: Path) -> str:
+    """A name for what a folder holds: files by their bytes (an adapter's weights, too), those of a GB by their size."""
+    found = hashlib.sha256()
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        size = path.stat().st_size
+        found.update(f"{path.relative_to(folder)} {size}\n".encode())
+        if size < 2**30:
+            found.update(hashlib.sha256(path.read_bytes()).digest())
+    return found.hexdigest()[:16]
+
+
+def asked(examples) -> dict[str, str]:
+    """A name for what each example asks and what the right answer is, by its id, in the order of the examples."""
+    found = {}
+    for index in range(len(examples)):
+        example = examples.peek(index)
+        parts = [question_text(example), example["answer"], str(example.get("answer_type"))]
+        found[example["id"]] = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
+    return found
+
+
+def stored_rows(path: Path, settings: dict, questions: dict[str, str]) -> dict[str, dict]:
+    """{id: row} of the examples that a former run answered; a line that was being written then is dropped.
 
     Raises:
-        ValueError: the rows are not about the same examples in the same order.
+        ConfigError: that run had other settings, or a question is another one now.
     """
-    if [row["id"] for row in before] != [row["id"] for row in after]:
-        raise ValueError(f"{len(before)} and {len(after)} rows that are not about the same examples cannot be paired")
-    pairs = list(zip(before, after, strict=True))
-    return {name: bootstrap_interval([last[name] - first[name] for first, last in pairs]) for name in METRICS}
+    former = path.with_suffix(".settings.json")
+    if former.exists():
+        before = json.loads(former.read_text(encoding="utf-8"))
+        names = [name for name in {**settings, **before} if before.get(name) != settings.get(name)]
+        if names:
+            changed = "; ".join(f"{name} was {before.get(name)!r}, is {settings.get(name)!r}" for name in names)
+            raise ConfigError(
+                f"{str(path)!r} was made with other settings: {changed}. Give those again, or another --output_dir"
+            )
+    else:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _write_whole(former, json.dumps(settings, indent=1, ensure_ascii=False))
+    if not path.exists():
+        return {}
+    lines = read_jsonl(path)
+    _write_whole(path, "".join(line + "\n" for line, _ in lines))
+    rows = {row["id"]: row for row in with_nan([row for _, row in lines]) if row["id"] in questions}
+    other = [identifier for identifier, row in rows.items() if row["asked"] != questions[identifier]]
+    if other:
+        raise ConfigError(
+            f"{str(path)!r}: {len(other)} examples ask something else now, the first is {other[0]!r}: the data "
+            "changed; give another --output_dir"
+        )
+    return rows
 
 
-def format_table(columns: dict[str, dict[str, tuple[float, float, float]]]) -> str:
-    """Named summaries side by side, one line per metric."""
-    lines = [f"{'':12} " + "".join(f"{name:>28}" for name in columns)]
-    for metric in METRICS:
-        cells = [
-            f"{mean:.3f} [{low:.3f}, {high:.3f}]" for mean, low, high in (column[metric] for column in columns.values())
-        ]
-        lines.append(f"{metric:12} " + "".join(f"{cell:>28}" for cell in cells))
-    return "\n".join(lines)
+def _write_whole(path: Path, text: str) -> None:
+    """Write a file aside and rename it, so that it is never there in part."""
+    aside = path.with_name(path.name + ".partial")
+    aside.write_text(text, encoding="utf-8")
+    aside.replace(path)
 
 
-def report(before: Sequence[dict], after: Sequence[dict] | None = None, names: Sequence[str] = ("base", "adapter")):
-    """(columns for format_table and JSON): before alone, or before, after and their paired difference."""
-    columns = {names[0]: summarize(before)}
-    if after is not None:
-        columns |= {names[1]: summarize(after), "difference": compare(before, after)}
-    return columns
+def evaluate_missing(model, processor, examples, config, path: Path, done: dict, questions: dict, description) -> dict:
+    """{id: row} of all examples: those done, and the others asked now, each written to path as it comes."""
+    missing = [index for index, identifier in enumerate(questions) if identifier not in done]
+    with path.open("a", encoding="utf-8") as file:
+
+        def save(rows: list[dict]) -> None:
+            for row in rows:
+                row["asked"] = questions[row["id"]]
+            file.write("".join(json.dumps(without_nan(row), ensure_ascii=False) + "\n" for row in rows))
+            file.flush()
+
+        rows = evaluate_policy(
+            model,
+            processor,
+            Subset(examples, missing),
+            config,
+            description=description,
+            done=list(done.values()),
+            save=save,
+        )
+    return done | {row["id"]: row for row in rows}
 
 
-def without_nan(value):
-    """The same rows and summaries with null for what is unknown, since JSON has no NaN."""
-    if isinstance(value, dict):
-        return {name: without_nan(part) for name, part in value.items()}
-    if isinstance(value, list | tuple):
-        return [without_nan(part) for part in value]
-    return None if isinstance(value, float) and math.isnan(value) else value
-
-
-def with_nan(rows: list[dict]) -> list[dict]:
-    """Rows read back from JSON, NaN again where a metric is null."""
-    return [{name: math.nan if name in METRICS and v is None else v for name, v in row.items()} for row in rows]
+# --- command line -------------------------------------------------------------------------------------------------
 
 
 def main(config: EvaluateConfig) -> None:
-    examples = load_examples(config.data, **config.data_arguments(), require_boxes=False)
-    model, processor = load_policy(**config.policy_arguments(lora_rank=0))
-    model.requires_grad_(False)  # a frozen vision tower's features are kept from sampling to scoring
-    resolve_layers(model, config.attention_layers)
-    check_prompts(model, processor, examples, config, config.max_new_tokens)
-    with model.disable_adapter() if config.adapter else nullcontext():
-        base = evaluate_policy(model, processor, examples, config, description="base")
-    adapter = None
-    if config.adapter:
-        adapter = evaluate_policy(model, processor, examples, config, description="adapter")
-    columns = report(base, adapter)
-    print(f"{len(examples)} examples of {config.data}, greedy; mean [95 % bootstrap interval]")
-    print(format_table(columns))
-    if config.json:
-        rows = {"base": base} | ({"adapter": adapter} if adapter else {})
-        result = {
-            "model": config.model,
-            "adapter": config.adapter,
-            "data": config.data,
-            "summary": columns,
-            "rows": rows,
+    names, folder = config.benchmark_names(), config.folder()
+    if names:
+        copies, _ = local_copies(names, config.benchmark_root or [])
+        options = {"limit": config.limit, "bad_rows": config.bad_rows}
+        tasks = {name: load_benchmark(name, copy=copies.get(name), **options) for name in names}
+    else:
+        tasks = {"data": load_examples(config.data, **config.data_arguments(), require_boxes=False)}
+    policies = ["base", "adapter"] if config.adapter else ["base"]
+
+    # What was answered before is read, and settings are compared, before anything long starts.
+    questions, answered = {}, {}
+    settings = {policy: settings_of(config, policy) for policy in policies} if folder else {}
+    for name, examples in tasks.items() if folder else ():
+        questions[name] = asked(examples)
+        for policy in policies:
+            path = folder / name / f"{policy}.jsonl"
+            answered[name, policy] = stored_rows(path, settings[policy], questions[name])
+    if not folder or any(len(rows) < len(questions[name]) for (name, _), rows in answered.items()):
+        model, processor = load_policy(**config.policy_arguments(lora_rank=0))
+        model.requires_grad_(False)  # a frozen vision tower's features are kept from sampling to scoring
+        resolve_layers(model, config.attention_layers)
+        for examples in tasks.values():
+            check_prompts(model, processor, examples, config, config.max_new_tokens)
+        for name, examples in tasks.items():
+            for policy in policies:
+                with model.disable_adapter() if config.adapter and policy == "base" else nullcontext():
+                    title = f"{name} {policy}" if names else policy
+                    if not folder:
+                        answered[name, policy] = evaluate_policy(model, processor, examples, config, description=title)
+                        continue
+                    if len(questions[name]) > len(examples):  # prompts that do not fit were dropped
+                        questions[name] = asked(examples)
+                    path, done = folder / name / f"{policy}.jsonl", answered[name, policy]
+                    done = {identifier: done[identifier] for identifier in questions[name] if identifier in done}
+                    answered[name, policy] = evaluate_missing(
+                        model, processor, examples, config, path, done, questions[name], title
+                    )
+    rows = {
+        key: found if isinstance(found, list) else [found[identifier] for identifier in questions[key[0]]]
+        for key, found in answered.items()
+    }
+    _tell(config, {name: {policy: rows[name, policy] for policy in policies} for name in tasks})
+
+
+def _tell(config: EvaluateConfig, rows: dict[str, dict[str, list[dict]]]) -> None:
+    """Print the tables, and write them and the summaries where they were asked for."""
+    reports = {name: report(found["base"], found.get("adapter")) for name, found in rows.items()}
+    counts = {name: len(found["base"]) for name, found in rows.items()}
+    parts = []
+    for name, columns in reports.items():
+        what = name if config.benchmarks else config.data
+        parts.append(
+            f"{counts[name]} examples of {what}, greedy; mean [95 % bootstrap interval]\n{format_table(columns)}"
+        )
+        cut = max(columns[policy]["truncated"][0] for policy in rows[name])
+        if cut > 0.05:
+            parts.append(
+                f"{cut:.0%} of the completions were cut off at max_new_tokens={config.max_new_tokens}: give more"
+            )
+    result = {"model": config.model, "adapter": config.adapter}
+    if config.benchmarks:
+        paper = {name: figures for name, figures in published(config.model).items() if name in reports}
+        parts.append(format_overview(reports, counts, paper))
+        if paper:
+            parts.append("paper: SAYO, arXiv 2602.08241, by its own script, whose answer check is looser than ours")
+        result["benchmarks"] = {
+            name: {"examples": counts[name], "summary": columns}
+            | ({"paper": dict(zip(("base", "SAYO"), paper[name], strict=True))} if name in paper else {})
+            for name, columns in reports.items()
         }
-        Path(config.json).write_text(json.dumps(without_nan(result), indent=1, ensure_ascii=False))
+        whole = result | {"rows": rows}
+    else:
+        result |= {"data": config.data, "summary": reports["data"]}
+        whole = result | {"rows": rows["data"]}
+    print("\n\n".join(parts) if config.benchmarks else "\n".join(parts))
+    if folder := config.folder():
+        _write_whole(folder / "results.json", json.dumps(without_nan(result), indent=1, ensure_ascii=False))
+        _write_whole(folder / "table.txt", "\n\n".join(parts) + "\n")
+        print(f"-> {folder}")
+    if config.json:
+        Path(config.json).write_text(json.dumps(without_nan(whole), indent=1, ensure_ascii=False), encoding="utf-8")
         print(f"-> {config.json}")
 
 

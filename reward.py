@@ -10,8 +10,6 @@ the region is a coverage in [0, 1] of each image token instead of a list of cell
 
 import json
 import math
-import re
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,9 +19,12 @@ from tqdm import tqdm
 
 from config import ConfigError, PolicyConfig, at_least, option, read_jsonl, run_command, writable
 from data.examples import load_examples
+from grader import answer_block, extract_answer, is_correct
 from prompts import encode_prompt
 from rollout import Group
 from vlm import TokenStatistics, evaluating, load_policy, resolve_layers, token_statistics
+
+__all__ = ["RewardConfig", "attention_reward", "extract_answer", "format_reward", "is_correct", "score_group"]
 
 ATTENTION_OF_NOTHING = -1.0  # the attention reward of an empty completion: its lower bound, so silence never pays
 
@@ -128,86 +129,20 @@ def target_attention_score(target: Tensor, image: Tensor, eps: float = 1e-8) -> 
 # --- format -----------------------------------------------------------------------------------------------------
 
 
-def _answer_block(text: str) -> re.Match | None:
-    """The one <answer> block of a text; None when there is none, more than one, or nothing in it."""
-    if text.count("<answer>") != 1 or text.count("</answer>") != 1:
-        return None
-    return re.search(r"<answer>\s*(\S.*?)\s*</answer>", text, re.DOTALL)
-
-
 def format_reward(text: str, num_tokens: int, min_tokens: int | None = None, max_tokens: int | None = None) -> float:
     """1 for exactly one <answer>...</answer> with text in it and reasoning before it, else 0.
 
     With a window, length scales it as in SAYO's released script: 0.6 * n / min_tokens below it, 0.6 * max_tokens / n
     above it.
     """
-    block = _answer_block(text)
-    if block is None or not text[: block.start()].strip():
+    block = answer_block(text)
+    if block is None or not text[: block[0]].strip():
         return 0.0
     if min_tokens is not None and num_tokens < min_tokens:
         return 0.6 * num_tokens / min_tokens
     if max_tokens is not None and num_tokens > max_tokens:
         return 0.6 * max_tokens / num_tokens
     return 1.0
-
-
-# --- accuracy: the only answer check, in training and evaluation ------------------------------------------------
-
-_WORDS = "zero one two three four five six seven eight nine ten eleven twelve".split()
-_NUMBER_OF_WORD = {word: str(number) for number, word in enumerate(_WORDS)}
-_LETTERED = re.compile(r"\(?([a-z])\)?(?:[.:)]\s*(.*))?", re.DOTALL)
-
-
-def extract_answer(text: str) -> str | None:
-    """The text of the one <answer> block, or None when there is none, an empty one, or more than one."""
-    block = _answer_block(text)
-    return block.group(1) if block else None
-
-
-def _normalized(answer: str) -> str:
-    answer = " ".join(answer.casefold().split()).strip("\"'` ").rstrip(".").strip()
-    return _NUMBER_OF_WORD.get(answer, answer)
-
-
-def _number(answer: str) -> float | None:
-    plain = re.fullmatch(r"[$€£]?(-?(?:\d{1,3}(?:,\d{3})+|\d+)?(?:\.\d+)?)\s?%?", answer)
-    return float(plain.group(1).replace(",", "")) if plain and plain.group(1).strip("-.") else None
-
-
-def _same(answer: str, expected: str) -> bool:
-    """Whether two normalized answers are the same text or the same number."""
-    numbers = _number(answer), _number(expected)
-    return answer == expected if None in numbers else math.isclose(*numbers, rel_tol=1e-9)
-
-
-def _choice(answer: str, choices: Sequence[str]) -> int | None:
-    """Which choice an answer means: its text, its letter, or "letter. text"; None when it is none of them."""
-    texts = [_normalized(str(choice)) for choice in choices]
-    for index, text in enumerate(texts):
-        if _same(answer, text):
-            return index
-    lettered = _LETTERED.fullmatch(answer)
-    if lettered is None:
-        return None
-    index = ord(lettered.group(1)) - ord("a")
-    named = lettered.group(2)
-    return index if index < len(choices) and (not named or _same(_normalized(named), texts[index])) else None
-
-
-def is_correct(text: str, example: dict) -> bool:
-    """Whether a completion's answer is the example's, up to case, spaces, a final period, and how numbers are written.
-
-    With `choices`, the text of a choice, its letter, or both are the same answer. "A or B" and an empty answer are
-    wrong: the whole answer is compared.
-    """
-    answer, expected = extract_answer(text), _normalized(str(example["answer"]))
-    if answer is None:
-        return False
-    answer, choices = _normalized(answer), example.get("choices")
-    if choices:
-        chosen = _choice(answer, choices)
-        return chosen is not None and chosen == _choice(expected, choices)
-    return _same(answer, expected)
 
 
 # --- a group ----------------------------------------------------------------------------------------------------

@@ -12,6 +12,8 @@ An example is a dict with these keys; any other key (`kind`, `reasoning`, ...) i
     mask       a region, too: a picture of exactly the image's size, black where the region is not; for several images
                `masks`, one or null for each. Once loaded, always `masks`
     choices    optional list of texts
+    answer_type  optional: how an answer is compared with this one, where it is not as text: text, yes_no, number,
+               relaxed_number, math, letter or list, as grader.py says; beside `choices` only math
     id         optional, unique; default "FILE:number", where lines of a .jsonl count from 1, other rows from 0
 
 The region of a question is the union of its boxes, polygons and masks. Files may have boxes in other formats
@@ -123,14 +125,19 @@ def load_examples(
     if not len(rows):
         raise DataError(f"data {data!r} has no rows; write at least one example")
     rows.rename(fields or ())
+    return checked_examples(rows, box_format, limit=limit, bad_rows=bad_rows, require_boxes=require_boxes)
+
+
+def checked_examples(rows: Rows, box_format: str, *, limit: int | None, bad_rows: str, require_boxes: bool) -> Examples:
+    """The good rows as examples; arguments and DataError as for load_examples."""
     chosen, skipped = check_rows(rows, box_format, limit, require_boxes)
     if skipped and (bad_rows == "error" or not chosen):
         listed, more = skipped[:MAX_LISTED], len(skipped) - MAX_LISTED
         rest = [f"and {more} more"] if more > 0 else []
         hint = "--bad_rows skip drops them" if chosen else "no good row is left"
-        summary = f"{len(skipped)} bad and {len(chosen)} good rows in {data}:"
+        summary = f"{len(skipped)} bad and {len(chosen)} good rows in {rows.name}:"
         raise DataError("\n  ".join([summary, *listed, *rest]) + f"\n{hint}")
     if skipped:
         of = f"{len(skipped)} of {len(skipped) + len(chosen)} rows skipped"
-        print(f"{Path(data).name}: {of}, first: {skipped[0]}", file=sys.stderr)
+        print(f"{Path(rows.name).name}: {of}, first: {skipped[0]}", file=sys.stderr)
     return Examples(rows, chosen, skipped, box_format)

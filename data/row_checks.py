@@ -15,6 +15,7 @@ from tqdm import tqdm
 from data.pictures import DataError, measure_mask, measure_picture
 from data.regions import boxes_per_image, fit_regions, is_number, polygons_per_image
 from data.rows import Rows
+from grader import answer_problem
 
 MAX_WORKERS = 8  # threads that decode pictures, each with a whole one in memory
 READ_AHEAD = 4  # rows for each of them that are read before it is their turn
@@ -52,6 +53,8 @@ def check_row(row: dict, folder: Path) -> dict:
             raise DataError(f"choices has {len(choices)} entries; give at most {len(letters)}, one for each letter")
         if answer.strip().lower() not in [choice.strip().lower() for choice in (*choices, *letters)]:
             raise DataError(f"answer {answer!r:.200} is not among choices {choices!r:.200}; use one or its letter")
+    if problem := answer_problem(answer, row.get("answer_type"), choices):
+        raise DataError(problem)
     for text in (row.get("id", ""), question, answer, *(choices or [])):
         if HALF_CHARACTER.search(text):
             raise DataError(f"text {text!r:.200} holds half of a character; write the whole one, in UTF-8")

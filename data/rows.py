@@ -16,7 +16,7 @@ VALID_DATA = (
     "id that datasets.load_from_disk or datasets.load_dataset reads"
 )
 HUB_ID = r"[\w-][\w.-]*(/[\w.-]+)?"  # "name" or "owner/name"
-NAMES = ("id", "image", "images", "question", "answer", "choices", "boxes", "polygons", "mask", "masks")
+NAMES = ("id", "image", "images", "question", "answer", "answer_type", "choices", "boxes", "polygons", "mask", "masks")
 # Two names of one thing: where one of them is mapped to a column, a column of the other name does not count.
 SIBLINGS = {"image": "images", "images": "image", "mask": "masks", "masks": "mask"}
 REGIONS = ("boxes", "polygons", "mask", "masks")

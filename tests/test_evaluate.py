@@ -12,6 +12,7 @@ import evaluate
 from evaluate import EvaluateConfig, bootstrap_interval, compare, evaluate_policy, format_table, report, summarize
 from reward import is_correct
 from rollout import sample_group
+from tables import REPORTED
 from vlm import load_policy
 
 
@@ -75,11 +76,30 @@ def test_the_command_compares_base_and_adapter(tmp_path, model_folders, capsys):
     assert [row["text"] for row in json.loads(output.read_text())["rows"]["base"]] == [row["text"] for row in base]
 
 
-def test_the_table_has_a_line_for_every_metric():
-    rows = [{"id": 0} | {name: 1.0 for name in evaluate.METRICS}]
+def test_the_table_has_a_line_for_every_metric_that_is_known():
+    rows = [{"id": 0} | {name: 1.0 for name in evaluate.METRICS}, {"id": 1} | {name: 0.0 for name in evaluate.METRICS}]
     lines = format_table(report(rows, rows)).splitlines()
-    assert len(lines) == 1 + len(evaluate.METRICS) and "difference" in lines[0]
+    assert len(lines) == 1 + len(REPORTED) and "difference" in lines[0]
     assert torch.tensor([len(line) for line in lines]).unique().numel() == 1
+    for row in rows:
+        row["tas"] = row["tas_selected"] = math.nan  # no boxes
+    assert not any("tas" in line for line in format_table(report(rows)).splitlines())
+
+
+def test_tas_of_right_and_of_wrong_answers():
+    def row(identifier, accuracy, tas):
+        return {name: 0.0 for name in evaluate.METRICS} | {"id": identifier, "accuracy": accuracy, "tas": tas}
+
+    before = [row(0, 1.0, 0.8), row(1, 1.0, 0.6), row(2, 0.0, 0.3), row(3, 0.0, math.nan)]
+    after = [row(0, 1.0, 0.9), row(1, 0.0, 0.1), row(2, 0.0, 0.5), row(3, 1.0, math.nan)]
+    columns = report(before, after)
+    assert columns["base"]["tas_correct"][0] == pytest.approx(0.7)
+    assert columns["base"]["tas_wrong"][0] == pytest.approx(0.3)
+    assert columns["adapter"]["tas_correct"][0] == pytest.approx(0.9)
+    assert columns["adapter"]["tas_wrong"][0] == pytest.approx(0.3)
+    # Paired: examples that both got right, that both got wrong.
+    assert columns["difference"]["tas_correct"][0] == pytest.approx(0.1)
+    assert columns["difference"]["tas_wrong"][0] == pytest.approx(0.2)
 
 
 def test_a_place_for_the_json_is_checked_first_and_json_has_no_nan(tmp_path):

@@ -1,0 +1,281 @@
+"""The paper's nine benchmarks as examples, from the Hub or from a local copy: where each is, what its columns mean.
+
+Columns and splits are those that the paper's released loaders read (Cratileo/Sayo, eval/utils/data_loaders.py), unless
+a note says more. No benchmark was downloaded here; the notes say where else a form was confirmed.
+
+    mme_realworld_lite  Question_id, Text, "Answer choices" ("(A) 24%", ...), "Ground truth", Image: a file name. The
+                  Hub's copy for lmms-eval has index, question, "multi-choice options", answer, bytes (base64) instead
+    m3cot         id, question, choices, answer (a letter), image; rows without a picture are left out, as in the paper
+    vstar         question_id, text (options inside), label, image: a path; also lmms-lab's, where it is a picture. The
+                  JSON beside each picture has bbox, [x, y, w, h] in pixels (confirmed in other projects): the region
+    mmstar        index, question, answer, image. Options stand inside the question, as "Options: A: ..., B: ..." or,
+                  from MathVista, as "Choices:" with "(A) ..." on lines of their own: confirmed in other loaders
+    mathvision    id, question, options (may be empty), answer (a letter, or LaTeX), decoded_image
+    wemath        ID, key, question, option ("A. ...;B. ...;"), answer, image_path: a picture on the Hub, a path in the
+                  repository. Reported is plain accuracy, as in the paper's script, not We-Math's own strict score
+    chartqa       question, answer, image, as lmms-lab uploaded it; also query and label as in HuggingFaceM4/ChartQA
+    ai2d          question, options, answer (an index from 0), image
+    charxiv       original_id, reasoning_q, reasoning_a, image. Graded as text or number. The benchmark itself asks a
+                  GPT judge, the paper's script compares texts by its own rules: neither figure is this measure
+    mme_realworld the columns of the lite one, all English questions; the paper's table has the lite one
+
+The paper's script counts an answer to a multiple-choice question as right when the letter stands anywhere in it, and
+ChartQA without its tolerance (eval/score.py): the paper's figures are beside ours for orientation, not as equals.
+"""
+
+import json
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import datasets
+import pyarrow.compute as pc
+
+from data.benchmark_rows import BenchmarkRows, column_of
+from data.examples import DataError, Examples, checked_examples
+from data.rows import Rows
+
+SHORT = "{question}\nAnswer with a word, a number or a short phrase."
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """One benchmark.
+
+    source       on the Hub
+    split        of a copy that `datasets` reads as a whole
+    id, image, question, answer, choices   columns; "a|b" is whichever of them a copy has, "a@b" both joined, "" none
+    options_inside  whether the choices stand in the question
+    index        whether the answer is the number of a choice
+    template     of the question
+    answer_type  of answers without choices, see grader.py
+    files        of a local copy, as patterns of which the first that fits is read; without any, `datasets` finds them
+    pictures     folders of a local copy that the picture paths may count from
+    paths        whether the Hub has pictures as files, so that all of it must be downloaded
+    pictureless  whether rows without a picture are left out and not an error
+    boxes        regions of a row: (row, folder) -> [[x, y, width, height], ...]
+    """
+
+    source: str
+    split: str
+    id: str = "id"
+    image: str = "image"
+    question: str = "question"
+    answer: str = "answer"
+    choices: str = ""
+    options_inside: bool = False
+    index: bool = False
+    template: str = "{question}"
+    answer_type: str | None = None
+    files: Sequence[str] = ()
+    pictures: Sequence[str] = (".",)
+    paths: bool = False
+    pictureless: bool = False
+    boxes: Callable[[dict, Path | None], list] | None = None
+
+
+def _boxes_beside_picture(row: dict, folder: Path | None) -> list:
+    """The bbox of the JSON that V* has beside each picture; none without that file."""
+    if folder is None or not isinstance(row["image"], str):
+        return []
+    path = (folder / row["image"]).with_suffix(".json")
+    if not path.is_file():
+        return []
+    try:
+        return json.loads(path.read_text(encoding="utf-8")).get("bbox") or []
+    except (ValueError, AttributeError) as error:
+        raise DataError(f"{path.name} is not the annotation of a picture: {error}; download it again") from error
+
+
+_MME_REALWORLD = {
+    "split": "train",
+    "id": "Question_id|index",
+    "image": "Image|bytes",
+    "question": "Text|question",
+    "answer": "Ground truth|answer",
+    "choices": "Answer choices|multi-choice options",
+    "pictures": ("data/imgs", "imgs", "data", "."),
+}
+BENCHMARKS = {
+    "mme_realworld_lite": Benchmark(
+        "yifanzhang114/MME-RealWorld-lite-lmms-eval",
+        files=("data/MME-RealWorld-Lite.json", "MME-RealWorld-Lite.json"),
+        **_MME_REALWORLD,
+    ),
+    "m3cot": Benchmark("LightChen2333/M3CoT", "test", choices="choices", pictureless=True),
+    "vstar": Benchmark(
+        "craigwu/vstar_bench",
+        "test",
+        id="question_id",
+        question="text",
+        answer="label",
+        options_inside=True,
+        files=("test_questions.jsonl",),
+        paths=True,
+        boxes=_boxes_beside_picture,
+    ),
+    "mmstar": Benchmark("Lin-Chen/MMStar", "val", id="index", options_inside=True, files=("mmstar.parquet",)),
+    "mathvision": Benchmark(
+        "MathLLMs/MathVision", "test", image="decoded_image", choices="options", answer_type="math",
+        files=("data/test-*.parquet",),
+    ),
+    "wemath": Benchmark(
+        "We-Math/We-Math", "testmini", id="ID@key", image="image_path", choices="option",
+        files=("testmini.json", "data/testmini.json"), pictures=(".", "data"),
+    ),
+    "chartqa": Benchmark(
+        "lmms-lab/ChartQA", "test", id="", question="question|query", answer="answer|label",
+        template=SHORT, answer_type="relaxed_number",
+    ),
+    "ai2d": Benchmark("lmms-lab/ai2d", "test", id="", choices="options", index=True),
+    "charxiv": Benchmark(
+        "princeton-nlp/CharXiv", "validation", id="original_id", question="reasoning_q", answer="reasoning_a",
+        template=SHORT, files=("val.parquet",),
+    ),
+    "mme_realworld": Benchmark(
+        "yifanzhang114/MME-RealWorld-Lmms-eval",
+        files=("MME_RealWorld.json", "data/MME_RealWorld.json"),
+        **_MME_REALWORLD,
+    ),
+}  # fmt: skip
+PAPER_NINE = tuple(BENCHMARKS)[:9]  # the columns of the paper's table, in its order
+# Percent; SAYO, arXiv 2602.08241, its main table: the base model, and the model trained from it.
+PUBLISHED = {
+    "Qwen3-VL-4B": (
+        (56.80, 65.10, 79.06, 60.80, 21.64, 55.63, 80.12, 75.16, 38.00),
+        (57.63, 64.32, 83.25, 63.53, 22.47, 63.97, 81.96, 80.51, 41.90),
+    ),
+    "Qwen3-VL-8B": (
+        (56.23, 64.71, 81.15, 62.60, 22.20, 52.64, 78.96, 75.55, 42.70),
+        (62.85, 68.46, 82.20, 65.27, 25.26, 64.83, 81.84, 83.06, 42.50),
+    ),
+    "InternVL3.5-8B": (
+        (45.34, 54.70, 73.82, 60.27, 13.82, 20.06, 79.12, 73.22, 34.10),
+        (50.03, 57.20, 72.77, 62.73, 13.62, 25.23, 82.28, 76.88, 43.20),
+    ),
+}
+
+
+def published(model: str) -> dict[str, tuple[float, float]]:
+    """{benchmark: (base, trained)} in percent that the paper has for a model of this name; {} for any other name.
+
+    Example: "Qwen/Qwen3-VL-8B-Instruct" has the paper's row of Qwen3-VL-8B, "Qwen/Qwen3-VL-8B-Thinking" has none.
+    """
+    name = Path(model).name.lower().replace("_", ".").removesuffix("-hf").removesuffix("-instruct")
+    for known, (base, trained) in PUBLISHED.items():
+        if name == known.lower():
+            return dict(zip(PAPER_NINE, zip(base, trained, strict=True), strict=True))
+    return {}
+
+
+# --- loading -----------------------------------------------------------------------------------------------------
+
+
+def local_copies(names: Sequence[str], roots: Sequence[str]) -> tuple[dict[str, Path], list[str]]:
+    """{benchmark: folder or file} of --benchmark_root entries (DIR, or name=path), and what is wrong with them.
+
+    In a DIR, a benchmark is looked for under its own name and under that of its Hub repository.
+    """
+    found, problems, parents = {}, [], []
+    for root in roots:
+        name, equals, path = root.partition("=")
+        if equals and name in BENCHMARKS:
+            found[name] = Path(path).expanduser()
+            if not found[name].exists():
+                problems.append(f"benchmark_root={root!r}: there is no {path!r}")
+        elif not Path(root).expanduser().is_dir():
+            problems.append(
+                f"benchmark_root={root!r}: give a folder that exists, or name=path; names: {', '.join(BENCHMARKS)}"
+            )
+        else:
+            parents.append(Path(root).expanduser())
+    for name in names if parents else ():
+        if name in found:
+            continue
+        wanted = (name, Path(BENCHMARKS[name].source).name)
+        places = [parent / place for parent in parents for place in wanted if (parent / place).exists()]
+        if places:
+            found[name] = places[0]
+        else:
+            problems.append(
+                f"benchmark_root: no {' or '.join(wanted)} in {', '.join(map(str, parents))}; give {name}=path, or "
+                f"leave benchmark_root out to read {BENCHMARKS[name].source} from the Hub"
+            )
+    return found, problems
+
+
+def load_benchmark(
+    name: str, *, copy: Path | None = None, limit: int | None = None, bad_rows: str = "error"
+) -> Examples:
+    """The examples of a benchmark, every one checked, its pictures decoded once.
+
+    Args:
+        name: one of BENCHMARKS.
+        copy: a local copy: a folder, or its data file; None is the Hub (or what is cached of it).
+        limit, bad_rows: as for load_examples.
+
+    Raises:
+        DataError: the copy cannot be opened, has other columns, or has bad rows.
+    """
+    benchmark = BENCHMARKS[name]
+    try:
+        dataset, folder = _open(benchmark, copy)
+    except DataError:
+        raise
+    except Exception as error:  # whatever pyarrow, fsspec and the Hub raise
+        where = str(copy) if copy else f"{benchmark.source} of the Hub"
+        hint = "" if copy else "; download it and give --benchmark_root " + f"{name}=FOLDER"
+        raise DataError(f"{name}: {where} cannot be read ({type(error).__name__}: {error}){hint}") from error
+    if benchmark.pictureless:
+        dataset = _with_pictures(name, dataset, column_of(benchmark, "image", dataset.column_names))
+    rows = BenchmarkRows(benchmark, dataset, folder)
+    examples = checked_examples(
+        Rows(name, rows, range(len(rows)), folder or Path()),
+        "xywh",
+        limit=limit,
+        bad_rows=bad_rows,
+        require_boxes=False,
+    )
+    if rows.unparsed:
+        print(
+            f"{name}: options of {len(rows.unparsed)} questions stay in their text, graded by letter", file=sys.stderr
+        )
+    return examples
+
+
+def _open(benchmark: Benchmark, copy: Path | None) -> tuple[datasets.Dataset, Path | None]:
+    """The rows, and the folder that picture paths count from, None for a table of the Hub."""
+    if copy is None and benchmark.paths:
+        from huggingface_hub import snapshot_download
+
+        copy = Path(snapshot_download(benchmark.source, repo_type="dataset"))
+    if copy is None:
+        return datasets.load_dataset(benchmark.source, split=benchmark.split), None
+    copy = copy.expanduser().absolute()
+    folder = copy.parent if copy.is_file() else copy
+    files = [str(copy)] if copy.is_file() else []
+    for pattern in benchmark.files if not files else ():
+        files = files or sorted(map(str, copy.glob(pattern)))
+    if files:
+        kind = "parquet" if files[0].endswith(".parquet") else "json"
+        return datasets.load_dataset(kind, data_files=files, split="train"), folder
+    if (copy / "state.json").exists() or (copy / "dataset_dict.json").exists():
+        dataset = datasets.load_from_disk(str(copy))
+        return (dataset[benchmark.split] if isinstance(dataset, datasets.DatasetDict) else dataset), folder
+    return datasets.load_dataset(str(copy), split=benchmark.split), folder
+
+
+def _with_pictures(name: str, dataset: datasets.Dataset, column: str) -> datasets.Dataset:
+    """The rows that have a picture, and a word about how many have none."""
+    pictures = dataset.select_columns([column]).with_format("arrow")[:][column]
+    present = pc.is_valid(pictures)
+    if isinstance(dataset.features[column], datasets.Image):
+        parts = [pc.is_valid(pc.struct_field(pictures, part)) for part in ("bytes", "path")]
+        present = pc.and_(present, pc.or_(*parts))
+    kept = [row for row, has_picture in enumerate(present.to_pylist()) if has_picture]
+    if len(kept) < len(dataset):
+        print(
+            f"{name}: {len(dataset) - len(kept)} of {len(dataset)} questions have no picture: left out", file=sys.stderr
+        )
+    return dataset.select(kept)

@@ -1,0 +1,321 @@
+"""The one answer check, in training and evaluation: does a completion's answer say what the example's answer says?
+
+The answer is what stands in the one <answer> block. All of it is compared, never a part: "A or B" names no choice, and
+"reddish" is not "red". How it is compared follows from the example:
+
+    choices given        the text of a choice, its letter, or both where they agree
+    answer_type text     the default without choices: the same text, or the same number
+                yes_no   yes or true, no or false
+                number   the same number, with or without a known unit or the example's own; 45% may be written 0.45
+                relaxed_number  a number within 5 % of the example's, as ChartQA counts (arXiv 2203.10244); other
+                         answers as text, those in [brackets] as a list
+                math     the same value, by math-verify; beside choices, a choice may be named by its value, too
+                letter   one letter, where the choices are known to the picture alone
+                list     the same items, each as often, in any order
+
+What does not count is how it is written: case, blanks, a final period, quotes, **bold**, $...$, \\boxed{...}, "The
+answer is ...", fullwidth letters and digits, typographic minus and quotes, characters that are not shown. What looks
+alike but is another letter (a Cyrillic A), and digits of other scripts, are not the same. No answer can take long:
+texts of more than MAX_CHARACTERS are wrong unread, and mathematics has its own clock (math_answers.py).
+"""
+
+import re
+import unicodedata
+from collections import Counter
+from collections.abc import Sequence
+from fractions import Fraction
+
+import math_answers
+
+ANSWER_TYPES = ("text", "yes_no", "number", "relaxed_number", "math", "letter", "list")
+MAX_CHARACTERS = 500  # of an answer, or twice the longest that the example has
+MAX_MATH_CHARACTERS = 200
+RELATIVE_TOLERANCE = Fraction(5, 100)
+
+# --- what was said -----------------------------------------------------------------------------------------------
+
+
+def answer_block(text: str) -> tuple[int, str] | None:
+    """(where it begins, what is in it) of the one <answer> block; None when there is none, several, or an empty one."""
+    if text.count("<answer>") != 1 or text.count("</answer>") != 1:
+        return None
+    start, end = text.index("<answer>"), text.index("</answer>")
+    said = text[start + len("<answer>") : end].strip()
+    return (start, said) if said else None
+
+
+def extract_answer(text: str) -> str | None:
+    """The text of the one <answer> block, or None when there is none, an empty one, or more than one."""
+    block = answer_block(text)
+    return block[1] if block else None
+
+
+_LOOKS = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)}  # fullwidth forms to ASCII
+_LOOKS |= (
+    dict.fromkeys(map(ord, "‐‑‒–—−"), "-") | dict.fromkeys(map(ord, "‘’‚′"), "'") | dict.fromkeys(map(ord, "“”„″"), '"')
+)
+_WRAPPED = re.compile(
+    r"\\boxed\s?\{(?P<boxed>.*)\}|\\(?:text|mathrm|mathbf|textbf)\s?\{(?P<text>[^{}]*)\}|\*\*(?P<bold>[^*]+)\*\*|"
+    r"\*(?P<italic>[^*]+)\*|\$\$(?P<display>[^$]+)\$\$|\$(?P<inline>[^$]+)\$|\\\((?P<round>.*)\\\)|\\\[(?P<square>.*)\\\]"
+)
+_INTRODUCED = re.compile(
+    r"(?:(?:the|my|final|correct|best) ){0,3}(?:answer(?: is:?|:)|(?:option|choice)(?=:? ?[(\[]?[a-z][)\].:]*$):?) ?",
+    re.IGNORECASE,
+)
+
+
+def _balanced(inner: str) -> bool:
+    """Whether braces close in order: in \\boxed{A} or \\boxed{B}, what is between the outermost ones is not one box."""
+    depth = 0
+    for character in inner:
+        depth += (character == "{") - (character == "}")
+        if depth < 0:
+            return False
+    return depth == 0
+
+
+def clean(text: str) -> str:
+    """The text without what does not count, case kept."""
+    text = "".join(character for character in text.translate(_LOOKS) if unicodedata.category(character) != "Cf")
+    text = unicodedata.normalize("NFC", " ".join(text.split()))
+    for _ in range(8):  # wrappers around wrappers
+        before = text
+        text = text.strip("\"'` ").rstrip(".").strip()
+        wrapped = _WRAPPED.fullmatch(text)
+        inner = wrapped and next(part for part in wrapped.groups() if part is not None)
+        if inner and _balanced(inner) and inner.strip():
+            text = inner
+        introduced = _INTRODUCED.match(text)
+        if introduced and text[introduced.end() :].strip():
+            text = text[introduced.end() :]
+        if text == before:
+            break
+    return text
+
+
+def normalized(text: str) -> str:
+    """clean() without case."""
+    return clean(text).casefold()
+
+
+# --- numbers -----------------------------------------------------------------------------------------------------
+
+_WORDS = (
+    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen "
+    "eighteen nineteen twenty"
+).split()
+_NUMBER_OF_WORD = {word: str(number) for number, word in enumerate(_WORDS)}
+_SCALES = {"hundred": 100, "thousand": 1000, "million": 10**6, "billion": 10**9, "trillion": 10**12}
+_DIGITS = (
+    r"(?:[0-9]{1,3}(?:,[0-9]{3})+(?:\.[0-9]+)?|[0-9]{1,3}(?: [0-9]{3})+(?:\.[0-9]+)?|[0-9]+(?:\.[0-9]+)?|\.[0-9]+)"
+)
+_NUMBER = re.compile(
+    rf"(?P<sign>[-+]?)(?P<currency>[$€£¥]?)(?P<inner>-?)(?P<digits>{_DIGITS})(?:/(?P<divisor>[0-9]{{1,20}})|"
+    r"(?:e| ?[x×*] ?10 ?\^ ?\{?)(?P<exponent>[-+]?[0-9]{1,2})\}?)?"
+    rf"(?: (?P<scale>{'|'.join(_SCALES)}))?(?P<unit> ?[^0-9 .,;:/+=()\[\]-][^0-9,;:+=()\[\]]{{0,40}})?"
+)
+_UNITS = {  # written: meant
+    "%": "%", "percent": "%", "per cent": "%", "percentage": "%", "$": "$", "dollar": "$", "usd": "$",
+    "us dollar": "$", "€": "€", "euro": "€", "eur": "€", "£": "£", "pound sterling": "£", "gbp": "£", "¥": "¥",
+    "yen": "¥", "°": "°", "degree": "°", r"^\circ": "°", r"^{\circ}": "°", r"\degree": "°", "°c": "°c",
+    "degree celsius": "°c", "°f": "°f", "degree fahrenheit": "°f", "mm": "mm", "millimeter": "mm", "cm": "cm",
+    "centimeter": "cm", "centimetre": "cm", "m": "m", "meter": "m", "metre": "m", "km": "km", "kilometer": "km",
+    "kilometre": "km", "in": "in", "inch": "in", "inche": "in", "ft": "ft", "foot": "ft", "feet": "ft", "mile": "mile",
+    "mg": "mg", "g": "g", "gram": "g", "kg": "kg", "kilogram": "kg", "ton": "ton", "tonne": "ton", "lb": "lb",
+    "ms": "ms", "s": "s", "sec": "s", "second": "s", "min": "min", "minute": "min", "h": "h", "hr": "h", "hour": "h",
+    "day": "day", "week": "week", "month": "month", "year": "year", "yr": "year", "ml": "ml", "l": "l", "liter": "l",
+    "litre": "l", "n": "n", "newton": "n", "j": "j", "joule": "j", "w": "w", "watt": "w", "v": "v", "volt": "v",
+    "hz": "hz", "mm²": "mm²", "cm²": "cm²", "m²": "m²", "km²": "km²", "cm³": "cm³", "m³": "m³", "cm^2": "cm²",
+    "cm^3": "cm³", "m^2": "m²", "m^3": "m³", "square meter": "m²", "square centimeter": "cm²", "m/s": "m/s",
+    "km/h": "km/h",
+}  # fmt: skip
+
+
+def _unit(written: str) -> str:
+    written = written.strip().rstrip(".")
+    singular = written.removesuffix("s")
+    return _UNITS.get(written) or _UNITS.get(singular) or singular
+
+
+def quantity(text: str) -> tuple[Fraction, str] | None:
+    """(value, unit) of a normalized text that is one number and no more, "" for no unit; None for any other text.
+
+    Example: "$1,200.50" is (2401/2, "$"), "1.2 million cars" is (1200000, "car"), "3 or 4" is None.
+    """
+    text = _NUMBER_OF_WORD.get(text, text)
+    number = _NUMBER.fullmatch(text)
+    if number is None or (number["sign"] and number["inner"]) or len(number["digits"]) > 60:
+        return None
+    value = Fraction(number["digits"].replace(",", "").replace(" ", ""))
+    if number["divisor"]:
+        if not int(number["divisor"]):
+            return None
+        value /= int(number["divisor"])
+    value *= Fraction(10) ** int(number["exponent"] or 0) * _SCALES.get(number["scale"], 1)
+    unit = _unit(number["unit"] or "")
+    if number["currency"]:
+        if unit and unit != number["currency"]:
+            return None
+        unit = number["currency"]
+    return (-value if "-" in (number["sign"], number["inner"]) else value), unit
+
+
+def _same_number(answer: str, gold: str, tolerance: Fraction = Fraction(0)) -> bool:
+    """Whether a normalized text is the number that `gold` is: with its unit, a known one where it has none, or none."""
+    said, meant = quantity(answer), quantity(gold)
+    if said is None or meant is None:
+        return False
+    (value, unit), (gold_value, gold_unit) = said, meant
+    known = unit in _UNITS.values()
+    if unit and unit != gold_unit and not (known and (not gold_unit or "%" == unit)):
+        return False
+    if unit == "%" and gold_unit not in ("", "%"):
+        return False
+    values = [value]
+    if (unit == "%") != (gold_unit == "%"):  # 45% is 0.45; a chart in percent may leave the sign out, too
+        values.append(value / 100 if unit == "%" else value * 100)
+    return any(abs(value - gold_value) <= tolerance * abs(gold_value) for value in values)
+
+
+def _plain_number(text: str) -> Fraction | None:
+    """The value of a number with at most a currency or a percent sign."""
+    found = quantity(text)
+    return found[0] if found and found[1] in ("", "%", "$", "€", "£", "¥") and "/" not in text else None
+
+
+# --- comparisons -------------------------------------------------------------------------------------------------
+
+
+def _as_text(text: str) -> str:
+    text = _NUMBER_OF_WORD.get(text, text)
+    if text[:1] == "(" and text[-1:] == ")" and "(" not in text[1:]:
+        text = text[1:-1].strip()
+    article = re.match(r"(?:an?|the) (?=.)", text)
+    return re.sub(r" ?([,;]) ?", r"\1", text[article.end() :] if article else text)
+
+
+def _same_text(answer: str, gold: str) -> bool:
+    """Whether two normalized texts are the same text or the same number."""
+    if answer == gold or _as_text(answer) == _as_text(gold):
+        return True
+    numbers = _plain_number(answer), _plain_number(gold)
+    return None not in numbers and numbers[0] == numbers[1]
+
+
+def _items(text: str) -> Counter:
+    if text[:1] in "[({" and text[-1:] in "])}":
+        text = text[1:-1]
+    parts = [normalized(part) for part in re.split(r"[,;]| and ", text) if part.strip()]
+    return Counter(part if (number := _plain_number(part)) is None else number for part in map(_as_text, parts))
+
+
+_YES_NO = {"yes": True, "true": True, "no": False, "false": False}
+_LETTER = re.compile(r"[(\[]?([a-z])[)\].:]?")
+_HEDGES = re.compile(
+    r"\b(?:or|and|not|either|neither|maybe|but)\b|\\(?:lor|land|vee|wedge|neg|lnot|pm|mp|cup)\b|[±∨∧¬]"
+)
+_ASSIGNED = re.compile(r"\s*(?:\\?[A-Za-z]{1,10}(?:_\{?\w{1,4}\}?)?(?: ?[A-Z]{1,4})?|[A-Za-z]\([a-z]\))\s*=\s*([^=]+)")
+
+
+def _same_math(answer: str, gold: str) -> bool:
+    """Whether two clean texts (case kept) have the same value; "x = 3" says 3, several values are no answer."""
+    if _same_text(answer.casefold(), gold.casefold()) or _same_number(answer.casefold(), gold.casefold()):
+        return True
+    if max(len(answer), len(gold)) > MAX_MATH_CHARACTERS or "$" in answer + gold:
+        return False
+    if set(_HEDGES.findall(answer)) - set(_HEDGES.findall(gold)):
+        return False
+    if "=" not in gold and (assigned := _ASSIGNED.fullmatch(answer)):
+        answer = assigned[1].strip()
+    if any(answer.count(mark) != gold.count(mark) for mark in "=,;"):
+        return False
+    return math_answers.same_value(gold, answer)
+
+
+_LETTERED = re.compile(r"[(\[]?([a-z])[)\]]?(?: ?[.:)\]-] ?(.*))?", re.DOTALL)
+_NAMED_FIRST = re.compile(r"(.+?) ?\(([a-z])\)", re.DOTALL)
+
+
+def _choice(answer: str, choices: Sequence[str], answer_type: str | None = None) -> int | None:
+    """Which choice a clean answer means: its text, its letter, or both; None when it is none of them."""
+    texts, said = [clean(str(choice)) for choice in choices], answer.casefold()
+    folded = [text.casefold() for text in texts]
+    if answer in texts:
+        return texts.index(answer)
+    for index, text in enumerate(folded):
+        if said == text or (_plain_number(said) is not None and _plain_number(said) == _plain_number(text)):
+            return index
+    if lettered := _LETTERED.fullmatch(said):
+        letter, named = lettered.groups()
+    elif named_first := _NAMED_FIRST.fullmatch(said):
+        named, letter = named_first.groups()
+    else:
+        letter = named = None
+    if letter is not None:
+        index = ord(letter) - ord("a")
+        if index < len(choices) and (not named or normalized(named) == folded[index]):
+            return index
+    if answer_type == "math" and letter is None:
+        same = [index for index, text in enumerate(texts) if _same_math(answer, text)]
+        return same[0] if len(same) == 1 else None
+    return None
+
+
+def is_correct(text: str, example: dict) -> bool:
+    """Whether a completion's answer says what the example's answer says; see the top of this file.
+
+    Args:
+        text: the whole completion.
+        example: its answer, and choices and answer_type where it has them.
+    """
+    said, gold, choices = extract_answer(text), str(example["answer"]), example.get("choices")
+    longest = max(len(str(known)) for known in (gold, *(choices or [])))
+    if said is None or len(said) > max(MAX_CHARACTERS, 2 * longest):
+        return False
+    answer_type, said, gold = example.get("answer_type"), clean(said), clean(gold)
+    if not said:
+        return False
+    if choices:
+        chosen, right = _choice(said, choices, answer_type), _choice(gold, choices)
+        return None not in (chosen, right) and (
+            chosen == right or clean(str(choices[chosen])) == clean(str(choices[right]))
+        )
+    if answer_type == "math":
+        return _same_math(said, gold)
+    said, gold = said.casefold(), gold.casefold()
+    match answer_type:
+        case "yes_no":
+            return said in _YES_NO and _YES_NO[said] == _YES_NO.get(gold)
+        case "letter":
+            letters = [_LETTER.fullmatch(side) for side in (said, gold)]
+            return all(letters) and letters[0][1] == letters[1][1]
+        case "number":
+            return _same_number(said, gold)
+        case "relaxed_number" if quantity(gold):
+            return _same_text(said, gold) or _same_number(said, gold, RELATIVE_TOLERANCE)
+        case "relaxed_number" if gold.startswith("["):
+            return _items(said) == _items(gold)
+        case "list":
+            return bool(_items(gold)) and _items(said) == _items(gold)
+    return _same_text(said, gold)
+
+
+def answer_problem(answer: str, answer_type, choices: Sequence[str] | None) -> str | None:
+    """What is wrong with an example's answer_type, beside its answer and choices; None when nothing is."""
+    if answer_type is None:
+        return None
+    if answer_type not in ANSWER_TYPES:
+        valid = ", ".join(ANSWER_TYPES)
+        return f"answer_type is {answer_type!r:.200}; write one of {valid}, leave it out, or rename the column"
+    if choices and answer_type != "math":
+        return (
+            f"answer_type {answer_type!r} given beside choices, which have their own check; leave it out, or write math"
+        )
+    gold = normalized(answer)
+    if answer_type == "yes_no" and gold not in _YES_NO:
+        return f"answer {answer!r:.200} has answer_type yes_no; write yes or no"
+    if answer_type == "number" and quantity(gold) is None:
+        return f"answer {answer!r:.200} has answer_type number; write one number, or leave answer_type out"
+    if answer_type == "letter" and not _LETTER.fullmatch(gold):
+        return f"answer {answer!r:.200} has answer_type letter; write one letter"
+    return None
