@@ -69,53 +69,85 @@ class PackedGroup:
         return grid.transpose(0, 1).flatten(1, 2)[:, self.places][None]
 
 
-class _CompletionAttention(torch.autograd.Function):
-    """Completion queries on the prompt's keys and on those of their own completion, as one softmax.
+def _spans(groups: Sequence[PackedGroup]) -> Iterable[tuple[PackedGroup, slice, slice]]:
+    """Every group with the places of its prompt and of its completions in the row."""
+    start = 0
+    for group in groups:
+        middle = start + group.prompt_length
+        yield group, slice(start, middle), slice(middle, middle + group.num_tokens)
+        start = middle + group.num_tokens
 
-    Each part comes with the logarithm of its sum of exponentials, which is how the parts are weighed. In the backward
-    pass, the kernel that is given the whole softmax's output and sum instead of the part's makes the part's share of
-    the gradients.
+
+class _PackedAttention(torch.autograd.Function):
+    """packed_attention with the CPU's flash kernel.
+
+    The two parts of a completion come with the logarithm of their sums of exponentials, which is how they are weighed.
+    In the backward pass, the kernel that is given the whole softmax's output and sum instead of a part's makes that
+    part's share of the gradients. All is written where it belongs in the row: nothing is joined, filled or added up.
     """
 
     @staticmethod
-    def forward(ctx, query, prompt_key, prompt_value, key, value, group, scaling):
-        on_prompt, prompt_sum = _flash(query, prompt_key, prompt_value, 0.0, False, scale=scaling)
-        grid = [group.to_grid(part).contiguous() for part in (query, key, value)]
-        on_own, own_sum = _flash(*grid, 0.0, True, scale=scaling)
-        on_own, own_sum = group.from_grid(on_own), group.from_grid(own_sum)  # (1, H, T, d), (1, H, T)
-        whole_sum = torch.logaddexp(prompt_sum, own_sum)
-        shares = [(part - whole_sum).exp()[..., None] for part in (prompt_sum, own_sum)]
-        output = (on_prompt * shares[0] + on_own * shares[1]).to(query.dtype)
-        ctx.save_for_backward(query, prompt_key, prompt_value, key, value, output, whole_sum)
-        ctx.group, ctx.scaling = group, scaling
+    def forward(ctx, query, key, value, groups, scaling):
+        heads, output = (query, key, value), torch.empty_like(query)
+        sums = query.new_empty(query.shape[:3], dtype=torch.float32)  # (1, H, S)
+        for group, prompt, own in _spans(groups):
+            prompts = [part[:, :, prompt] for part in heads]
+            output[:, :, prompt], sums[:, :, prompt] = _flash(*prompts, 0.0, True, scale=scaling)
+            if not group.num_tokens:
+                continue
+            on_prompt, prompt_sum = _flash(query[:, :, own], *prompts[1:], 0.0, False, scale=scaling)
+            grid = [group.to_grid(part[:, :, own]).contiguous() for part in heads]
+            on_own, own_sum = (group.from_grid(part) for part in _flash(*grid, 0.0, True, scale=scaling))
+            whole_sum = torch.logaddexp(prompt_sum, own_sum)  # (1, H, T)
+            shares = [(part - whole_sum).exp()[..., None] for part in (prompt_sum, own_sum)]
+            output[:, :, own] = on_prompt * shares[0] + on_own * shares[1]
+            sums[:, :, own] = whole_sum
+        ctx.save_for_backward(*heads, output, sums)
+        ctx.groups, ctx.scaling = groups, scaling
         return output
 
     @staticmethod
     def backward(ctx, gradient):
-        query, prompt_key, prompt_value, key, value, output, whole_sum = ctx.saved_tensors
-        group, gradient = ctx.group, gradient.contiguous()
-        of_prompt = _flash_backward(
-            gradient, query, prompt_key, prompt_value, output, whole_sum, 0.0, False, scale=ctx.scaling
-        )
-        # Places without a token get no gradient, and give none to the keys before them.
-        grid = [group.to_grid(part).contiguous() for part in (query, key, value, output, whole_sum)]
-        on_grid = group.to_grid(gradient) * group.real[:, None, :, None]
-        of_own = _flash_backward(on_grid.contiguous(), *grid, 0.0, True, scale=ctx.scaling)
-        of_query, of_key, of_value = (group.from_grid(part) for part in of_own)
-        return of_prompt[0] + of_query, *of_prompt[1:], of_key, of_value, None, None
+        *heads, output, sums = ctx.saved_tensors
+        found = [torch.empty_like(part) for part in heads]
+        for group, prompt, own in _spans(ctx.groups):
+            prompts = [part[:, :, prompt] for part in heads]
+            whole = [gradient, *heads, output, sums]
+            parts = [part[:, :, prompt] for part in whole]
+            of_prompt = _flash_backward(*parts, 0.0, True, scale=ctx.scaling)
+            if group.num_tokens:
+                parts = [part[:, :, own] for part in whole]
+                # Of the completions' queries and the prompt's keys and values.
+                of_both = _flash_backward(*parts[:2], *prompts[1:], *parts[4:], 0.0, False, scale=ctx.scaling)
+                grid = [group.to_grid(part).contiguous() for part in parts]
+                grid[0] = grid[0] * group.real[:, None, :, None]  # places without a token get and give no gradient
+                of_own = [group.from_grid(part) for part in _flash_backward(*grid, 0.0, True, scale=ctx.scaling)]
+                of_own[0] = of_own[0] + of_both[0]
+                of_prompt = of_prompt[0], of_prompt[1] + of_both[1], of_prompt[2] + of_both[2]
+                for target, part in zip(found, of_own, strict=True):
+                    target[:, :, own] = part
+            for target, part in zip(found, of_prompt, strict=True):
+                target[:, :, prompt] = part
+        return *found, None, None
 
 
-def _completions_with_copies(query, prompt_key, prompt_value, key, value, group, scaling):
-    """The same with public functions alone: every completion has a copy of the prompt's keys."""
-    copies = group.real.shape[0]
-    repeats = query.shape[1] // key.shape[1]
-    keys, values = (
-        torch.cat([prompt.expand(copies, -1, -1, -1), group.to_grid(own)], dim=2).repeat_interleave(repeats, dim=1)
-        for prompt, own in ((prompt_key, key), (prompt_value, value))
-    )  # (G, H, P + C, d)
-    queries = group.to_grid(query)
-    mask = causal_lower_right(queries.shape[2], keys.shape[2])
-    return group.from_grid(scaled_dot_product_attention(queries, keys, values, attn_mask=mask, scale=scaling))
+def _attention_with_copies(query, key, value, groups, scaling):
+    """The same with public functions alone: every completion has a copy of its prompt's keys."""
+    repeats, outputs = query.shape[1] // key.shape[1], []
+    # Not every kernel takes fewer heads of keys than of queries, and the one that is left makes an S x S matrix.
+    heads = query, key.repeat_interleave(repeats, dim=1), value.repeat_interleave(repeats, dim=1)
+    for group, prompt, own in _spans(groups):
+        prompts = [part[:, :, prompt] for part in heads]
+        outputs.append(scaled_dot_product_attention(*prompts, is_causal=True, scale=scaling))
+        if not group.num_tokens:
+            continue
+        queries, *grids = (group.to_grid(part[:, :, own]) for part in heads)  # (G, H, C, d)
+        copies = (part.expand(len(queries), -1, -1, -1) for part in prompts[1:])
+        keys, values = (torch.cat(parts, dim=2) for parts in zip(copies, grids, strict=True))  # (G, H, P + C, d)
+        mask = causal_lower_right(queries.shape[2], keys.shape[2])
+        found = scaled_dot_product_attention(queries, keys, values, attn_mask=mask, scale=scaling)
+        outputs.append(group.from_grid(found))
+    return torch.cat(outputs, dim=2)
 
 
 def packed_attention(
@@ -129,20 +161,9 @@ def packed_attention(
     Returns:
         (1, H, S, d).
     """
-    # The kernels that say their sum are the CPU's; elsewhere public functions do the same.
-    completions = _CompletionAttention.apply if query.device.type == "cpu" else _completions_with_copies
-    outputs, start = [], 0
-    for group in groups:
-        middle, end = start + group.prompt_length, start + group.prompt_length + group.num_tokens
-        prompt = [part[:, :, start:middle] for part in (query, key, value)]
-        # Not every kernel takes fewer heads of keys than of queries, and the one that is left makes an S x S matrix.
-        repeated = [part.repeat_interleave(query.shape[1] // part.shape[1], dim=1) for part in prompt]
-        outputs.append(scaled_dot_product_attention(*repeated, is_causal=True, scale=scaling))
-        if group.num_tokens:
-            own = [part[:, :, middle:end] for part in (query, key, value)]
-            outputs.append(completions(own[0], prompt[1], prompt[2], own[1], own[2], group, scaling))
-        start = end
-    return torch.cat(outputs, dim=2)
+    # The kernel that says the logarithm of its sum is the CPU's; elsewhere public functions do the same.
+    function = _PackedAttention.apply if query.device.type == "cpu" else _attention_with_copies
+    return function(query, key, value, groups, scaling)
 
 
 class SamplingCache:

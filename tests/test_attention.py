@@ -43,15 +43,14 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("with_copies", [False, True], ids=["two parts", "copies"])
+# The second one is what other devices than the CPU take.
+@pytest.mark.parametrize("attend", [packed_attention, attention._attention_with_copies], ids=["two parts", "copies"])
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_output_and_gradients_equal_softmax_under_the_dense_mask(case, with_copies, monkeypatch):
-    if with_copies:  # what other devices than the CPU take
-        monkeypatch.setattr(attention._CompletionAttention, "apply", attention._completions_with_copies)
+def test_output_and_gradients_equal_softmax_under_the_dense_mask(case, attend):
     groups, heads = make(case)
     weights = random_heads(heads[0].shape[2], 4, seed=4)
     results = []
-    for function in (lambda: packed_attention(*heads, groups, SCALING), lambda: plain(*heads, dense_mask(groups))):
+    for function in (lambda: attend(*heads, groups, SCALING), lambda: plain(*heads, dense_mask(groups))):
         output = function()
         gradients = torch.autograd.grad((output * weights).sum(), heads)
         results.append([output, *gradients])
