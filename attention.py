@@ -299,7 +299,8 @@ def _probed_attention(
     wanted = probe is not None and layer in probe.layers
     if packed_groups is None and sampling_cache is None:
         if wanted:
-            probe.read(layer, query, key, attention_mask, scaling)
+            with torch.autocast(query.device.type, enabled=False):  # rows are float32, whatever the model is
+                probe.read(layer, query, key, attention_mask, scaling)
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
     if packed_groups is None:
         output = sampling_cache.attend(layer, query, key, value, scaling)
@@ -308,7 +309,8 @@ def _probed_attention(
             sampling_cache.prompts[layer] = key.contiguous(), value.contiguous()  # read at every step
         if wanted:
             (group,) = packed_groups
-            probe.read_packed(layer, query, key, group, scaling)
+            with torch.autocast(query.device.type, enabled=False):
+                probe.read_packed(layer, query, key, group, scaling)
         output = packed_attention(query, key, value, packed_groups, scaling)
     return output.transpose(1, 2).contiguous(), None
 

@@ -1,7 +1,7 @@
 """Checkpoints of a run: written aside and then renamed, so that a folder that is there is whole.
 
-A checkpoint holds the adapter, the optimizer and the schedule. Nothing else is needed: the order of the data and every
-random number are functions of (seed, step).
+A checkpoint holds the adapter, the optimizer, the schedule and the loss scale. Nothing else is needed: the order of
+the data and every random number are functions of (seed, step).
 """
 
 import os
@@ -14,18 +14,24 @@ import yaml
 
 from config import ConfigError, read_jsonl
 
-MAY_CHANGE = ("max_steps", "save_steps", "resume", "report_to", "sampling_tokens", "output_dir")
+MAY_CHANGE = ("max_steps", "save_steps", "resume", "report_to", "sampling_tokens", "output_dir", "max_skipped_steps")
 
 
-def save_checkpoint(output_dir: Path, step: int, model, optimizer, scheduler) -> Path:
+def save_adapter(model, folder: Path) -> None:
+    """The adapter alone, in PEFT's own form, without the README that PEFT writes: it names folders of this machine."""
+    model.save_pretrained(folder, save_embedding_layers=False)
+    (folder / "README.md").unlink(missing_ok=True)
+
+
+def save_checkpoint(output_dir: Path, step: int, model, optimizer, scheduler, scaler) -> Path:
     """Write checkpoints/step-000100 and return its path."""
     final = output_dir / "checkpoints" / f"step-{step:06d}"
     aside = final.with_name(final.name + ".partial")
     for stale in (aside, final):
         shutil.rmtree(stale, ignore_errors=True)
-    model.save_pretrained(aside / "adapter", save_embedding_layers=False)
-    state = {"step": step, "optimizer": optimizer.state_dict(), "scheduler": scheduler.state_dict()}
-    torch.save(state, aside / "state.pt")
+    save_adapter(model, aside / "adapter")
+    parts = {"optimizer": optimizer, "scheduler": scheduler, "scaler": scaler}
+    torch.save({"step": step} | {name: part.state_dict() for name, part in parts.items()}, aside / "state.pt")
     aside.rename(final)
     return final
 
@@ -41,11 +47,12 @@ def step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.removeprefix("step-"))
 
 
-def load_state(checkpoint: Path, optimizer, scheduler) -> int:
-    """Give optimizer and schedule their saved state; the number of steps that were done."""
+def load_state(checkpoint: Path, optimizer, scheduler, scaler) -> int:
+    """Give optimizer, schedule and loss scale their saved state; the number of steps that were done."""
     state = torch.load(checkpoint / "state.pt", map_location="cpu", weights_only=True)
     optimizer.load_state_dict(state["optimizer"])
     scheduler.load_state_dict(state["scheduler"])
+    scaler.load_state_dict(state["scaler"])
     return state["step"]
 
 

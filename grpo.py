@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo")
+LARGEST_EXPONENT = 20.0  # e^20 is 5e8: far beyond any ratio that training can use, and far from the end of float32
 
 
 def group_advantages(rewards: Tensor, scale: str = "group") -> Tensor:
@@ -28,6 +29,15 @@ def group_advantages(rewards: Tensor, scale: str = "group") -> Tensor:
         return torch.zeros_like(rewards)  # exactly: rounding in the mean, divided by 1e-4, would become a gradient
     centered = rewards - rewards.mean()  # (G,)
     return centered / (rewards.std() + 1e-4) if scale == "group" else centered
+
+
+def finite_exp(exponent: Tensor) -> Tensor:
+    """exp, exactly, up to LARGEST_EXPONENT; from there on its tangent, so that values and gradients stay finite.
+
+    A token that one of two policies rules out (log-prob -100 against -1) would make the whole step infinite.
+    """
+    bounded = exponent.clamp(max=LARGEST_EXPONENT)
+    return bounded.exp() * (1 + (exponent - bounded))
 
 
 def grpo_loss(
@@ -68,13 +78,13 @@ def grpo_loss(
     lengths = torch.tensor([len(logp) for logp in logps], device=logps[0].device)  # (G,)
     new, old = torch.cat(list(logps)), torch.cat(list(old_logps))  # (T,), T = Σ n_i
     advantage = advantages.to(new).repeat_interleave(lengths)  # (T,)
-    ratio = (new - old).exp()
+    ratio = finite_exp(new - old)
     clipped = ratio.clamp(1 - clip_low, 1 + clip_high)
     token_loss = -torch.minimum(ratio * advantage, clipped * advantage)  # (T,)
     kl = torch.zeros_like(new)
     if beta:
         difference = torch.cat(list(ref_logps)) - new
-        kl = difference.exp() - difference - 1
+        kl = finite_exp(difference) - difference - 1
         token_loss = token_loss + beta * kl
     if loss_type == "grpo":
         weight = (1 / (len(logps) * lengths.clamp(min=1).to(new))).repeat_interleave(lengths)  # (T,)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+import sys
 import warnings
 from pathlib import Path
 
@@ -40,7 +41,8 @@ def load_policy(
         lora_rank: rank of the LoRA adapter; 0 gives the plain model.
         adapter: folder or Hub id of a PEFT adapter to go on from (trainable) or, with lora_rank 0, only to use.
         attn: "sdpa" (with the attention probe) or "eager" (for comparison; attention rewards need "sdpa").
-        dtype: "auto" (the checkpoint's own), "float32", "bfloat16" or "float16".
+        dtype: "float32", "bfloat16", "float16", or "auto" (the checkpoint's own, see choose_dtype). LoRA weights are
+            float32 in any case.
         device: default is the first GPU if there is one, else the CPU.
         lora_targets: "language" for the linear layers of the language model, "all-linear" for vision as well.
         max_pixels: pictures with more pixels are shrunk to this many before they become tokens.
@@ -62,23 +64,23 @@ def load_policy(
         raise PolicyError(f'dtype={dtype!r}: valid are "auto", "float32", "bfloat16" and "float16"')
     if adapter is not None and Path(adapter).is_dir() and not (Path(adapter) / "adapter_config.json").is_file():
         raise PolicyError(f"adapter={adapter!r} holds no adapter_config.json: give the adapter/ folder of a run")
-    _, processor = load_processor(model, revision=revision, max_pixels=max_pixels)
+    config, processor = load_processor(model, revision=revision, max_pixels=max_pixels)
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    number_format = choose_dtype(dtype, config, device)
     quantization = None
     if load_in_4bit:
-        compute_dtype = getattr(torch, dtype if dtype != "auto" else _default_half_dtype(device))
         quantization = BitsAndBytesConfig(
             load_in_4bit=True,
             bnb_4bit_quant_type="nf4",
             bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=compute_dtype,
+            bnb_4bit_compute_dtype=number_format,
             llm_int8_skip_modules=[f"(?!.*{LANGUAGE_MODULE}).*"],  # vision tower, projector and head keep their format
         )
     try:
         policy = AutoModelForImageTextToText.from_pretrained(
             model,
             revision=revision,
-            dtype=dtype,
+            dtype=number_format,
             attn_implementation=attn,
             quantization_config=quantization,
             device_map={"": device},
@@ -96,6 +98,8 @@ def load_policy(
     if adapter is not None or lora_rank > 0:
         policy = _with_adapter(policy, adapter, lora_rank, lora_alpha, lora_targets, load_in_4bit)
         add_in_place(policy)
+        for entry in policy.peft_config.values():  # what adapter_config.json will say
+            entry.base_model_name_or_path, entry.revision = portable_name(model), revision
     return policy.eval(), processor
 
 
@@ -148,10 +152,29 @@ def _with_adapter(policy, adapter, lora_rank, lora_alpha, lora_targets, load_in_
         return get_peft_model(policy, lora)
 
 
-def _default_half_dtype(device: torch.device) -> str:
+def choose_dtype(dtype: str, config, device: torch.device) -> torch.dtype:
+    """The number format of weights and arithmetic: the one that is asked for or, by "auto", the checkpoint's own.
+
+    A card without bfloat16 (T4, V100) gets float16 instead of the checkpoint's bfloat16, and says so. A checkpoint
+    that names no format gets the card's half precision on a GPU, float32 on the CPU.
+    """
+    if dtype != "auto":
+        return getattr(torch, dtype)
+    stored = config.dtype or config.get_text_config().dtype
     if device.type != "cuda":
-        return "float32"
-    return "bfloat16" if torch.cuda.is_bf16_supported() else "float16"
+        return stored or torch.float32
+    # By default torch also counts emulated bfloat16, which a T4 has and which is many times slower than float16.
+    has_bfloat16 = torch.cuda.is_bf16_supported(including_emulation=False)
+    if stored in (None, torch.bfloat16) and not has_bfloat16:
+        print("dtype: this GPU has no bfloat16, float16 is used instead", file=sys.stderr)
+        return torch.float16
+    return stored or torch.bfloat16
+
+
+def portable_name(model: str) -> str:
+    """How an adapter names its base model: as it was given, but a folder of this repository from its root."""
+    folder, root = Path(model).resolve(), Path(__file__).resolve().parent
+    return folder.relative_to(root).as_posix() if folder.is_dir() and folder.is_relative_to(root) else model
 
 
 def _language_linears(model: nn.Module) -> set[str]:

@@ -40,8 +40,8 @@ def step_metrics(rows: Sequence[dict[str, float]]) -> dict[str, float]:
     """Metrics of a step from those of its groups: means over the groups that have a value, deviations, shares."""
     metrics = {}
     for name in rows[0]:
-        known = [row[name] for row in rows if not math.isnan(row[name])]
-        metrics[name] = sum(known) / len(known) if known else None  # JSON has no NaN
+        known = [row[name] for row in rows if math.isfinite(row[name])]
+        metrics[name] = sum(known) / len(known) if known else None  # JSON has neither NaN nor infinity
     for name in [name for name in metrics if name.startswith("square/")]:
         square, mean = metrics.pop(name), metrics[name.replace("square/", "reward/")]
         deviation = None if mean is None else math.sqrt(max(0.0, square - mean**2))

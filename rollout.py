@@ -25,7 +25,7 @@ from transformers import DynamicCache
 from attention import PROBED_ATTENTION, SamplingCache
 from config import ConfigError, PolicyConfig, SamplingConfig, option, read_jsonl, run_command, writable
 from data.examples import DataError, load_examples
-from families import pictures_of
+from families import PolicyError, pictures_of
 from loading import eos_token_ids, suppressed_token_ids
 from packing import Tokens, model_layout, packed_layout, split_by_tokens
 from prompts import (
@@ -41,6 +41,7 @@ from prompts import (
 from vlm import (
     TokenStatistics,
     attention_name,
+    autocast,
     evaluating,
     forward_hidden,
     load_policy,
@@ -131,7 +132,7 @@ def sample_groups(
     generators = generators or [None] * len(prompts)
     sizes = [len(prompt.input_ids) + num_generations * max_new_tokens for prompt in prompts]
     completions: list[Tensor] = []
-    with evaluating(model):
+    with evaluating(model), autocast(model):  # here, so that LoRA weights are cast once, not for every token
         for part in split_by_tokens(sizes, sampling_tokens if _is_packed(model) else 0):
             choose = partial(choose_tokens, temperature=temperature, top_p=top_p)
             completions += _sample(
@@ -302,6 +303,11 @@ def _sample(model, processor, prompts, num_generations, max_new_tokens, choose, 
     counts = torch.full((len(hidden),), max_new_tokens)
     alive = torch.arange(len(hidden), device=device)  # (m,) completions that go on
     for step in range(max_new_tokens):
+        if not hidden.isfinite().all():
+            raise PolicyError(
+                f"dtype: the model's activations are not finite in {str(hidden.dtype).removeprefix('torch.')}; give "
+                "--dtype bfloat16, or float32 where the GPU has no bfloat16"
+            )
         logits = head(hidden).float()  # (m, V)
         logits[:, suppressed] = float("-inf")
         # A number for every completion, finished or not: a group's stream does not depend on who has finished.

@@ -21,22 +21,24 @@ from pathlib import Path
 import torch
 import yaml
 from accelerate import Accelerator
-from accelerate.utils import set_seed
+from accelerate.utils import gather_object, set_seed
 from torch import Tensor
 from tqdm import tqdm
 
-from checkpoint import keep_steps_until, load_state, open_run, save_checkpoint
+from checkpoint import keep_steps_until, load_state, open_run, save_adapter, save_checkpoint
 from config import ConfigError, PolicyConfig, SamplingConfig, at_least, option, run_command
 from data.examples import load_examples
 from evaluate import evaluate_shared, format_table, report, with_nan, without_nan
 from grpo import LOSS_TYPES, group_advantages, grpo_loss
 from metrics import StageClock, group_metrics, step_metrics
+from model_card import write_model_card
 from prompts import base_model
 from reward import COMPONENTS, RewardConfig, group_statistics, score_statistics
 from rollout import Group, check_prompts, group_generator, sample_groups
 from visualize import plot_curves
-from vlm import evaluating, group_logprobs, load_policy, resolve_layers
+from vlm import compute_dtype, evaluating, group_logprobs, load_policy, resolve_layers
 
+OPTIMIZERS = ("adamw", "paged_adamw_8bit")
 SCHEDULERS = ("constant", "constant_with_warmup", "linear", "cosine")
 
 
@@ -53,11 +55,13 @@ class Config(RewardConfig, SamplingConfig, PolicyConfig):
     clip_low: float = option(0.2, "A probability ratio below 1 - clip_low is clipped.")
     clip_high: float = option(0.2, "A probability ratio above 1 + clip_high is clipped.")
     beta: float = option(1e-3, "Weight of the k3 KL term to the base model; 0 leaves it out.")
+    optimizer: str = option("adamw", "AdamW of torch, or of bitsandbytes with 8-bit paged state.", OPTIMIZERS)
     learning_rate: float = option(2e-4, "AdamW's peak learning rate; large models want less (the paper: 5e-6).")
     lr_scheduler: str = option("constant_with_warmup", "Schedule of transformers.", SCHEDULERS)
     warmup_steps: int = option(5, "Steps in which the learning rate rises from 0.")
     weight_decay: float = option(0.01, "AdamW's weight decay.")
     max_grad_norm: float = option(0.8, "Gradients are scaled down to this norm.")
+    max_skipped_steps: int = option(10, "Stop after so many steps in a row whose gradients were not finite.")
     lora_rank: int = option(16, "Rank of the LoRA adapter; switched off, it is the reference of the KL term.")
     lora_alpha: int = option(32, "LoRA's alpha.")
     lora_targets: str = option("language", "Linear layers that LoRA adapts.", ("language", "all-linear"))
@@ -80,7 +84,7 @@ class Config(RewardConfig, SamplingConfig, PolicyConfig):
                 f"num_generations={self.num_generations}: give 2 or more; advantages compare completions of a group"
             )
         found += at_least(self, 1, "max_steps", "groups_per_step", "num_iterations", "save_steps", "eval_limit")
-        found += at_least(self, 1, "lora_rank", "lora_alpha")
+        found += at_least(self, 1, "lora_rank", "lora_alpha", "max_skipped_steps")
         found += at_least(self, 0, "beta", "clip_low", "clip_high", "warmup_steps", "weight_decay")
         for name in ("learning_rate", "max_grad_norm"):
             if getattr(self, name) <= 0:
@@ -106,16 +110,32 @@ def example_index(seed: int, position: int, num_examples: int) -> int:
     return _epoch_order(seed, epoch, num_examples)[place]
 
 
+# --- one update -------------------------------------------------------------------------------------------------
+
+
+def make_optimizer(name: str, parameters: Sequence[Tensor], **settings) -> torch.optim.Optimizer:
+    """AdamW for LoRA weights. "paged_adamw_8bit" holds its state in 8 bits (tensors below 4,096 elements in 32), which
+    the GPU driver moves to the computer's memory when the card is full. On a CPU it is 8-bit, but not paged."""
+    if name == "adamw":
+        return torch.optim.AdamW(parameters, **settings)
+    import bitsandbytes  # prints about its optional kernels: not when a script is imported
+
+    return bitsandbytes.optim.PagedAdamW8bit(parameters, **settings)
+
+
 # --- the loop ---------------------------------------------------------------------------------------------------
 
 
 def train_step(model, processor, optimizer, examples, step: int, config: Config, accelerator) -> tuple[dict, dict]:
     """One step: this process's share of the groups through all stages, then one update per iteration.
 
+    An update whose gradients are not finite is skipped; accelerator.scaler, if there is one, then lowers its scale.
+
     Returns:
         (metrics of the step over all processes, a sample of this process for samples.jsonl).
     """
     device, clock = accelerator.device, StageClock()
+    scaler = accelerator.scaler or torch.amp.GradScaler(device.type, enabled=False)
     groups_here = config.groups_per_step // accelerator.num_processes
     numbers = range(accelerator.process_index * groups_here, (accelerator.process_index + 1) * groups_here)
     positions = [step * config.groups_per_step + number for number in numbers]
@@ -142,10 +162,10 @@ def train_step(model, processor, optimizer, examples, step: int, config: Config,
     completion_tokens = torch.tensor([float(len(c)) for group in groups for c in group.completions])
     num_items = accelerator.reduce(completion_tokens.sum().to(device), "sum").item() / accelerator.num_processes
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    scores, advantages, rows = [], [], []
+    scores, advantages, rows, skipped = [], [], [], []
     with clock.stage("update", device):
         for iteration in range(config.num_iterations):
-            rows = []
+            rows, norms = [], []
             for number, (group, reference) in enumerate(zip(groups, references, strict=True)):
                 if iteration == 0:  # still the policy that sampled: one forward gives the rewards and the loss
                     statistics = group_statistics(model, group, config)
@@ -166,17 +186,21 @@ def train_step(model, processor, optimizer, examples, step: int, config: Config,
                     max_new_tokens=config.max_new_tokens,
                     num_items=num_items / groups_here,  # the loss is divided by groups_here below, for all types alike
                 )
-                (loss / groups_here).backward()
+                scaler.scale(loss / groups_here).backward()
+                norms.append(torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]))
                 metrics = group_metrics(group, scores[number], advantages[number], config)
                 rows.append(metrics | stats | {"loss": loss.item()})
-            _average_gradients(parameters, accelerator)
+            _average_gradients(parameters, accelerator)  # what is not finite in one process is so in all of them
+            scaler.unscale_(optimizer)
             grad_norm = torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm).item()
-            if not math.isfinite(grad_norm):
-                raise ConfigError(
-                    f"step {step + 1}: the gradient's norm is {grad_norm}; lower learning_rate (now "
-                    f"{config.learning_rate}) or give --dtype bfloat16; the last checkpoint is untouched"
-                )
-            optimizer.step()
+            if math.isfinite(grad_norm):
+                scaler.step(optimizer)
+            else:  # from the first group that broke them on, gradients that add up stay so
+                broken = [
+                    group.example.get("id") for group, norm in zip(groups, norms, strict=True) if not norm.isfinite()
+                ]
+                skipped.append(gather_object(broken[:1]))  # the first one of each process
+            scaler.update()
             optimizer.zero_grad()
 
     packed_tokens = float(sum(len(group.prompt.input_ids) for group in groups)) + completion_tokens.sum().item()
@@ -186,12 +210,13 @@ def train_step(model, processor, optimizer, examples, step: int, config: Config,
     table = torch.tensor([list(row.values()) for row in rows], device=device)  # (groups here, metrics)
     gathered = accelerator.gather(table).tolist()  # (groups_per_step, metrics)
     metrics = step_metrics([dict(zip(rows[0], values, strict=True)) for values in gathered])
-    metrics |= {"grad_norm": grad_norm} | clock.metrics()
+    metrics |= {"grad_norm": grad_norm if math.isfinite(grad_norm) else None, "skipped_updates": float(len(skipped))}
+    metrics |= clock.metrics() | ({"loss_scale": scaler.get_scale()} if scaler.is_enabled() else {})
     first = groups[0]
     sample = {"id": first.example.get("id"), "question": first.example["question"], "answer": first.example["answer"]}
     sample |= {"texts": first.texts, "advantages": advantages[0].tolist()}
-    sample |= {name: [None if math.isnan(v) else v for v in values.tolist()] for name, values in scores[0].items()}
-    return metrics, sample
+    sample |= {name: values.tolist() for name, values in scores[0].items()}
+    return metrics, without_nan(sample | ({"skipped_examples": sum(skipped, [])} if skipped else {}))
 
 
 def _logprobs(model, group: Group, config: Config) -> list[Tensor]:
@@ -211,7 +236,8 @@ def _average_gradients(parameters: Sequence[Tensor], accelerator) -> None:
 def main(config: Config) -> None:
     checkpoint, output_dir = open_run(config), Path(config.output_dir)
     tracker = None if config.report_to == "none" else config.report_to
-    accelerator = Accelerator(log_with=tracker, project_dir=config.output_dir)
+    # vlm.autocast and the scaler below do the same on every device; Accelerate's own float16 refuses a CPU.
+    accelerator = Accelerator(log_with=tracker, project_dir=config.output_dir, mixed_precision="no")
     if config.groups_per_step % accelerator.num_processes:
         raise ConfigError(
             f"groups_per_step={config.groups_per_step} is not a multiple of the number of processes, "
@@ -236,11 +262,13 @@ def main(config: Config) -> None:
     model.train(config.gradient_checkpointing)  # eval mode where training mode is not needed: no dropout anywhere
 
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=config.weight_decay)
+    settings = {"lr": config.learning_rate, "weight_decay": config.weight_decay}
+    optimizer = make_optimizer(config.optimizer, parameters, **settings)
+    accelerator.scaler = torch.amp.GradScaler(accelerator.device.type, enabled=compute_dtype(model) == torch.float16)
     from transformers import get_scheduler  # imports peft and bitsandbytes, which print: not when a script is imported
 
     scheduler = get_scheduler(config.lr_scheduler, optimizer, config.warmup_steps, config.max_steps)
-    start = load_state(checkpoint, optimizer, scheduler) if checkpoint else 0
+    start = load_state(checkpoint, optimizer, scheduler, accelerator.scaler) if checkpoint else 0
 
     main_process = accelerator.is_main_process
     accelerator.wait_for_everyone()  # every process has looked at the folder before one of them fills it
@@ -278,6 +306,7 @@ def main(config: Config) -> None:
         mininterval=0.1 if sys.stderr.isatty() else 15,
         disable=not main_process,
     )
+    skipped_in_a_row = 0
     with (
         open(output_dir / "metrics.jsonl", "a") as metrics_file,
         open(output_dir / "samples.jsonl", "a") as samples_file,
@@ -285,7 +314,9 @@ def main(config: Config) -> None:
         for step in progress:
             metrics, sample = train_step(model, processor, optimizer, examples, step, config, accelerator)
             metrics = {"step": step + 1, "learning_rate": scheduler.get_last_lr()[0]} | metrics
-            scheduler.step()
+            skipped_in_a_row = skipped_in_a_row + 1 if metrics["skipped_updates"] == config.num_iterations else 0
+            if not skipped_in_a_row:
+                scheduler.step()
             if main_process:
                 metrics_file.write(json.dumps(metrics) + "\n")
                 samples_file.write(json.dumps({"step": step + 1} | sample, ensure_ascii=False) + "\n")
@@ -298,11 +329,23 @@ def main(config: Config) -> None:
                 progress.set_postfix(
                     {name: f"{value:.3f}" for name, value in shown.items() if value is not None}, refresh=False
                 )
+                if "skipped_examples" in sample:
+                    names = ", ".join(map(repr, sample["skipped_examples"])) or "their sum"
+                    progress.write(
+                        f"step {step + 1}: update skipped, the gradient is not finite; it began with {names}"
+                    )
                 if (step + 1) % config.save_steps == 0 or step + 1 == config.max_steps:
-                    save_checkpoint(output_dir, step + 1, model, optimizer, scheduler)
+                    save_checkpoint(output_dir, step + 1, model, optimizer, scheduler, accelerator.scaler)
+            if skipped_in_a_row == config.max_skipped_steps:
+                raise ConfigError(
+                    f"max_skipped_steps={config.max_skipped_steps}: the gradient was not finite in so many steps in a "
+                    f"row, the last one step {step + 1}; lower learning_rate (now {config.learning_rate}) or give "
+                    "--dtype bfloat16 or float32; the last checkpoint is untouched"
+                )
 
+    columns: dict = {}
     if main_process:
-        model.save_pretrained(output_dir / "adapter", save_embedding_layers=False)
+        save_adapter(model, output_dir / "adapter")
         plot_curves(output_dir / "metrics.jsonl", output_dir / "curves.png")
     if held_out:
         after = evaluate_shared(model, processor, held_out, config, accelerator, f"after, {eval_data}")
@@ -315,6 +358,7 @@ def main(config: Config) -> None:
             print(f"{len(after)} examples of {eval_data}, greedy; mean [95 % bootstrap interval]")
             print(format_table(columns))
     if main_process:
+        write_model_card(output_dir, config, columns, eval_data, len(held_out or ()), len(examples))
         print(f"adapter, metrics, samples and curves.png -> {output_dir}")
     accelerator.end_training()
 

@@ -10,7 +10,7 @@ attention.py (packed attention, and reading its rows).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 
 import torch
@@ -22,7 +22,7 @@ from attention import PROBED_ATTENTION, AttentionProbe, SamplingCache
 from families import PolicyError
 from loading import load_policy, load_processor
 from packing import LAYOUTS, Layout, Tokens, dense_mask, layer_types, model_layout
-from prompts import Prompt, base_model, encode_prompt, image_features, region_coverage
+from prompts import Prompt, base_model, encode_prompt, image_features, model_device, region_coverage
 
 __all__ = [
     "Prompt",
@@ -51,6 +51,20 @@ def evaluating(model: nn.Module):
         model.train(training)
 
 
+def compute_dtype(model: nn.Module) -> torch.dtype:
+    """The number format of the weights that are not quantized, and of the products."""
+    return base_model(model).get_input_embeddings().weight.dtype
+
+
+def autocast(model: nn.Module) -> AbstractContextManager:
+    """Products in the model's own number format inside the block; nothing changes for a float32 model.
+
+    The LoRA weights of a half-precision model are float32, and follow the model's format here and in lora.py.
+    """
+    dtype = compute_dtype(model)
+    return torch.autocast(model_device(model).type, dtype, enabled=dtype != torch.float32)
+
+
 def forward_hidden(model: nn.Module, batch: Tokens, cache: Cache | SamplingCache | None = None) -> Tensor:
     """One forward of the model without its head: the last hidden states (B, S, D).
 
@@ -62,7 +76,7 @@ def forward_hidden(model: nn.Module, batch: Tokens, cache: Cache | SamplingCache
     inner, options, mask = base_model(model).model, {}, batch.attention_mask
     if batch.groups is not None and attention_name(model) != PROBED_ATTENTION:
         # Eager attention adds its mask to the scores: a boolean one would add 0 and 1, silently.
-        dtype = base_model(model).get_input_embeddings().weight.dtype
+        dtype = compute_dtype(model)
         mask = torch.where(dense_mask(batch.groups), 0.0, torch.finfo(dtype).min).to(dtype)
     elif batch.groups is not None:
         options["packed_groups"] = batch.groups
@@ -72,16 +86,17 @@ def forward_hidden(model: nn.Module, batch: Tokens, cache: Cache | SamplingCache
         # transformers hands a mask of four dimensions through as it is. This one holds nothing: the function that
         # computes attention has its own arguments, and takes them along when gradient checkpointing calls it again.
         mask = torch.empty(1, 1, 0, 0, device=batch.input_ids.device)
-    encoded = {"image": image_features(model, batch.prompts)} if batch.prompts else None
-    return inner(
-        input_ids=batch.input_ids,
-        position_ids=batch.position_ids if len(batch.position_ids) == 3 else batch.position_ids[0],
-        attention_mask=mask,
-        mm_encoder_outputs=encoded,
-        past_key_values=cache,
-        use_cache=cache is not None,
-        **options,
-    ).last_hidden_state
+    with autocast(model):
+        encoded = {"image": image_features(model, batch.prompts)} if batch.prompts else None
+        return inner(
+            input_ids=batch.input_ids,
+            position_ids=batch.position_ids if len(batch.position_ids) == 3 else batch.position_ids[0],
+            attention_mask=mask,
+            mm_encoder_outputs=encoded,
+            past_key_values=cache,
+            use_cache=cache is not None,
+            **options,
+        ).last_hidden_state
 
 
 def attention_name(model: nn.Module) -> str:
