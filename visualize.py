@@ -1,11 +1,15 @@
-"""Pictures of a run: its curves, and where a policy looks before and after training.
+"""See a run: a report to explore, where a policy looks before and after training, the paper's analyses, and curves.
 
-python visualize.py --metrics runs/sayo/metrics.jsonl --output curves.png
-python visualize.py --adapter runs/sayo/adapter --data scenes:heldout --index 0 1 2 --output look.png
+python visualize.py --adapter runs/sayo/adapter --data scenes:heldout --limit 50 --out report.html
+python visualize.py --adapter runs/sayo/adapter --data scenes:heldout --index 0 1 2 --out look.png
+python visualize.py --adapter runs/sayo/adapter --data scenes:heldout --plots analysis
+python visualize.py --evaluations 4b.json 8b.json --plots analysis
+python visualize.py --metrics runs/a/metrics.jsonl runs/b/metrics.jsonl --plots analysis
 """
 
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+import sys
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from textwrap import fill
 
@@ -13,54 +17,18 @@ import matplotlib
 import numpy as np
 import torch
 
-from config import ConfigError, PolicyConfig, option, read_jsonl, run_command, writable
+from answers import ask_all, switched_to
+from config import ConfigError, PolicyConfig, at_least, option, run_command, writable
 from data.examples import load_examples
+from data.regions import regions_of
+from plots import both, plot_curves, plot_entropy, plot_generation, plot_tas_accuracy, read_evaluations
 from prompts import example_images, token_cells
+from report import collect, page
 from reward import RewardConfig, score_group, select_uncertain
-from rollout import sample_group
-from vlm import attention_maps, load_policy
+from rollout import check_prompts, sample_group
+from vlm import attention_maps, load_policy, resolve_layers
 
-PANELS = {
-    "Rewards": ("reward/attention", "reward/format", "reward/accuracy"),
-    "Target Attention Score": ("reward/tas", "reward/tas_selected"),
-    "Share of the advantage": ("advantage_share/attention", "advantage_share/format", "advantage_share/accuracy"),
-    "KL to the base": ("kl",),
-    "Completion length (tokens)": ("completion_length",),
-    "Entropy (nats)": ("entropy",),
-}
-
-
-def _smooth(values: list[float], weight: float = 0.9) -> list[float]:
-    """Exponential moving average without the bias of its start."""
-    mean, norm, smoothed = 0.0, 0.0, []
-    for value in values:
-        mean, norm = weight * mean + (1 - weight) * value, weight * norm + (1 - weight)
-        smoothed.append(mean / norm)
-    return smoothed
-
-
-def plot_curves(metrics_path: Path, output: Path) -> None:
-    """Draw the metrics of a run, one panel per question one asks of it. A file without rows draws nothing."""
-    rows = [row for _, row in read_jsonl(metrics_path)]
-    if not rows:
-        return
-    matplotlib.use("agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(2, 3, figsize=(13, 6.5), layout="constrained")
-    for axis, (title, names) in zip(axes.flat, PANELS.items(), strict=True):
-        for name in names:
-            points = [(row["step"], row[name]) for row in rows if row.get(name) is not None]
-            if points:
-                steps, values = zip(*points, strict=True)
-                (line,) = axis.plot(steps, values, alpha=0.25)
-                axis.plot(steps, _smooth(list(values)), color=line.get_color(), label=name.split("/")[-1])
-        axis.set_title(title)
-        axis.set_xlabel("step")
-        if len(axis.lines) > 2:
-            axis.legend()
-    figure.savefig(output, dpi=110)
-    plt.close(figure)
+REPORT_LIMIT, PLOTS_LIMIT = 50, 200  # examples by default
 
 
 def paint_tokens(values, cells, size: tuple[int, int], longest: int = 512) -> np.ndarray:
@@ -103,16 +71,6 @@ def look(model, processor, example: dict, config: RewardConfig, system_prompt: s
         )
         values = maps[chosen].mean(0)[: len(cells)].cpu()
     return paint_tokens(values, cells, picture.size), group.texts[0], tas
-
-
-def regions_of(example: dict) -> list[tuple]:
-    """(boxes, polygons, mask or None) of each picture of an example."""
-    count = len(example["images"])
-    boxes, polygons = (example.get(name) or [] for name in ("boxes", "polygons"))
-    if count == 1:
-        boxes, polygons = [boxes], [polygons]
-    empty = [[] for _ in range(count)]
-    return list(zip(boxes or empty, polygons or empty, example.get("masks") or [None] * count, strict=True))
 
 
 def outline_region(axis, boxes, polygons, mask) -> None:
@@ -162,36 +120,117 @@ def plot_attention(examples: list[dict], columns: dict[str, list], output: Path)
 
 @dataclass
 class VisualizeConfig(RewardConfig, PolicyConfig):
-    """Draw the curves of a run, or where a policy looks: the base, and beside it the adapter if one is given."""
+    """See a run: a report to explore (--out x.html), a picture of where a policy looks, curves, or plots (--plots).
+
+    With --adapter the base model, the adapter switched off, stands beside it. The last letters of --out say what is
+    made; --plots FOLDER writes the plots that its inputs allow, as PNG and SVG: of --metrics, of --evaluations, or,
+    with neither, of what the policy says about the data.
+    """
 
     data: str = option("scenes:heldout", "Examples: .jsonl, .parquet, a datasets folder, a Hub id, or scenes:heldout.")
-    metrics: str | None = option(None, "metrics.jsonl of a run: draw its curves instead.")
-    index: list[int] = option([0, 1, 2], "Which examples.")
-    output: str = option("picture.png", "Picture to write.")
+    limit: int | None = option(
+        None, f"Use only the first so many examples: by default {REPORT_LIMIT} in a report, {PLOTS_LIMIT} in plots."
+    )
+    metrics: list[str] | None = option(None, "metrics.jsonl of one run or several: draw their curves.")
+    evaluations: list[str] | None = option(
+        None, "With --plots: files that evaluate.py --json wrote, TAS against accuracy."
+    )
+    plots: str | None = option(None, "Folder to write the paper's analyses to, each as PNG and SVG.")
+    index: list[int] | None = option(None, "Which examples, counted from 0; 0 1 2 by default in a picture.")
+    max_new_tokens: int = option(128, "Longest completion in tokens.")
+    megabytes: float = option(15.0, "Size of a report, which decides how many layers and how fine maps it has.")
+    output: str = field(
+        default="picture.png",
+        metadata={"help": "File to write: .html a report, .png .jpg .pdf .svg a picture.", "aliases": ["--out"]},
+    )
 
     def problems(self) -> list[str]:
-        found = super().problems()
-        if self.metrics and not Path(self.metrics).is_file():
-            found.append(f"metrics={self.metrics!r}: no such file; give the metrics.jsonl of a run")
-        return found + writable(self, "output", suffixes=(".png", ".jpg", ".pdf", ".svg"))
+        found = super().problems() + at_least(self, 1, "max_new_tokens", "megabytes")
+        for name, made_by in (
+            ("metrics", "the metrics.jsonl of a run"),
+            ("evaluations", "what evaluate.py --json wrote"),
+        ):
+            for path in getattr(self, name) or []:
+                if not Path(path).is_file():
+                    found.append(f"{name}={path!r}: no such file; give {made_by}")
+        if self.evaluations and not self.plots:
+            found.append(f"evaluations={self.evaluations}: add --plots FOLDER, where the plots go")
+        if self.plots and Path(self.plots).exists() and not Path(self.plots).is_dir():
+            found.append(f"plots={self.plots!r}: give the name of a folder")
+        suffixes = (".png", ".jpg", ".pdf", ".svg") + (".html",) * (not self.metrics)
+        return found + writable(self, "output", suffixes=suffixes)
+
+
+def load(config: VisualizeConfig, default_limit: int | None):
+    """(model, processor, the examples that are asked for)."""
+    arguments = config.data_arguments()
+    if config.index is None:
+        arguments["limit"] = config.limit or default_limit
+    data = load_examples(config.data, **arguments, require_boxes=False)
+    if config.index is not None and not all(0 <= index < len(data) for index in config.index):
+        raise ConfigError(f"index={config.index}: {config.data} has the examples 0 to {len(data) - 1}")
+    examples = data if config.index is None else [data[index] for index in config.index]
+    model, processor = load_policy(**config.policy_arguments(lora_rank=0))
+    model.requires_grad_(False)  # a frozen vision tower's features are kept from sampling to scoring
+    resolve_layers(model, config.attention_layers)
+    if config.index is None:  # few by index are checked when they are encoded
+        check_prompts(model, processor, data, config, config.max_new_tokens)
+    return model, processor, examples
+
+
+def write_report(config: VisualizeConfig) -> None:
+    model, processor, examples = load(config, REPORT_LIMIT)
+    answers = ask_all(model, processor, examples, config)
+    room = int(config.megabytes * 1e6) - len(page({}))
+    text = page(collect(model, processor, examples, answers, config, room))
+    Path(config.output).write_text(text, encoding="utf-8", newline="\n")
+    if len(text) > config.megabytes * 1e6:
+        print(
+            f"{config.output} has {len(text) / 1e6:.1f} MB, more than megabytes={config.megabytes:g}, even with the "
+            "coarsest maps of one layer: lower --limit or --max_new_tokens",
+            file=sys.stderr,
+        )
+
+
+def write_plots(config: VisualizeConfig) -> None:
+    folder = Path(config.plots)
+    folder.mkdir(parents=True, exist_ok=True)
+    if config.metrics:
+        plot_curves(config.metrics, both(folder / "curves"))
+    if config.evaluations:
+        plot_tas_accuracy(read_evaluations(config.evaluations), both(folder / "tas_accuracy"))
+    if config.metrics or config.evaluations:
+        return
+    model, processor, examples = load(config, PLOTS_LIMIT)
+    answers = ask_all(model, processor, examples, config)
+    rows = {name: [answer.scores for answer in own] for name, own in answers.items()}
+    plot_tas_accuracy({Path(config.model).name: rows}, both(folder / "tas_accuracy"))
+    plot_generation(answers, both(folder / "attention_over_generation"))
+    plot_entropy(answers, both(folder / "attention_against_entropy"))
+
+
+def write_picture(config: VisualizeConfig) -> None:
+    config.index = [0, 1, 2] if config.index is None else config.index
+    model, processor, examples = load(config, None)
+    columns = {}
+    for name in ("base", "adapter")[: 1 + bool(config.adapter)]:
+        with switched_to(model, name, config), torch.no_grad():
+            columns[name] = [look(model, processor, example, config, config.system_prompt) for example in examples]
+    plot_attention(examples, columns, Path(config.output))
 
 
 def main(config: VisualizeConfig) -> None:
+    if config.plots:
+        write_plots(config)
+        print(f"-> {config.plots}")
+        return
     Path(config.output).parent.mkdir(parents=True, exist_ok=True)
     if config.metrics:
-        plot_curves(Path(config.metrics), Path(config.output))
+        plot_curves(config.metrics, Path(config.output))
+    elif Path(config.output).suffix.lower() == ".html":
+        write_report(config)
     else:
-        data = load_examples(config.data, **config.data_arguments(), require_boxes=False)
-        if not all(0 <= index < len(data) for index in config.index):
-            raise ConfigError(f"index={config.index}: {config.data} has the examples 0 to {len(data) - 1}")
-        examples = [data[index] for index in config.index]
-        model, processor = load_policy(**config.policy_arguments(lora_rank=0))
-        columns = {}
-        for name in ("base", "adapter")[: 1 + bool(config.adapter)]:
-            switched_off = model.disable_adapter() if config.adapter and name == "base" else nullcontext()
-            with switched_off, torch.no_grad():
-                columns[name] = [look(model, processor, example, config, config.system_prompt) for example in examples]
-        plot_attention(examples, columns, Path(config.output))
+        write_picture(config)
     print(f"-> {config.output}")
 
 

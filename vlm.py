@@ -203,7 +203,7 @@ def resolve_layers(model: nn.Module, layers: Sequence[int]) -> list[int]:
 
 
 def _probed_forward(model: nn.Module, batch: Layout, layers: Sequence[int], query: str) -> tuple[Tensor, Tensor]:
-    """(B, S, D) hidden states, and (T, W) attention of every completion token on the columns of batch.key_weights."""
+    """(B, S, D) hidden states, and (L, T, W) attention of completion tokens on the columns of batch.key_weights."""
     if query not in ("token", "predictor"):
         raise ValueError(f'attention_query={query!r}: valid are "token" and "predictor"')
     if attention_name(model) != PROBED_ATTENTION:
@@ -212,7 +212,7 @@ def _probed_forward(model: nn.Module, batch: Layout, layers: Sequence[int], quer
     rows = batch.token_rows if query == "token" else batch.predict_rows
     with AttentionProbe(layers, rows, batch.key_weights) as probe:
         hidden = forward_hidden(model, batch)
-    return hidden, torch.stack([probe.results[layer] for layer in layers]).mean(0)
+    return hidden, torch.stack([probe.results[layer] for layer in layers])
 
 
 def token_statistics(
@@ -239,7 +239,8 @@ def token_statistics(
         ValueError: no such layer or query, or a model loaded with attn="eager".
     """
     batch = LAYOUTS[model_layout(model, layout)](model, [prompt], [completions])
-    hidden, attention = _probed_forward(model, batch, layers, query)  # attention (T, 2)
+    hidden, by_layer = _probed_forward(model, batch, layers, query)
+    attention = by_layer.mean(0)  # (T, 2)
     rows = hidden.flatten(0, 1)[batch.predict_rows]  # (T, D)
     head = base_model(model).get_output_embeddings()
     logps, entropies = row_logprobs(head, rows, batch.completion_ids, temperature, with_entropy=True)
@@ -249,9 +250,17 @@ def token_statistics(
 
 @torch.no_grad()
 def attention_maps(
-    model: nn.Module, prompt: Prompt, completion: Tensor, *, layers: Sequence[int] = (-1,), query: str = "token"
+    model: nn.Module,
+    prompt: Prompt,
+    completion: Tensor,
+    *,
+    layers: Sequence[int] = (-1,),
+    query: str = "token",
+    per_layer: bool = False,
 ) -> Tensor:
     """Attention of every token of one completion on every image token, mean over heads and layers: (n, N) float32.
+
+    With per_layer the layers stay apart, (L, n, N), in rising order of the layers.
 
     Args and Raises: as token_statistics, whose target and image attention are weighted means of these rows.
     """
@@ -259,4 +268,5 @@ def attention_maps(
     one_column_each = torch.zeros(1, batch.input_ids.shape[1], len(prompt.image_token_index))  # (1, S, N)
     one_column_each[0, prompt.image_token_index, torch.arange(len(prompt.image_token_index))] = 1
     batch.key_weights = one_column_each.to(batch.key_weights)
-    return _probed_forward(model, batch, layers, query)[1]
+    maps = _probed_forward(model, batch, layers, query)[1]  # (L, n, N)
+    return maps if per_layer else maps.mean(0)

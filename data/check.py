@@ -26,10 +26,10 @@ from tqdm import tqdm
 from config import EMBEDDED_POLICY, PolicyConfig, at_least, option, run_command, writable
 from data.examples import DataError, Examples, load_examples
 from data.pictures import load_mask, picture_size
-from data.regions import fit_regions, paint_region
+from data.regions import fit_regions, paint_region, regions_of
 from prompts import encode_prompt, token_cells
 from rollout import bad_prompts
-from visualize import outline_region, panels, regions_of
+from visualize import outline_region, panels
 from vlm import load_processor
 
 THUMBNAIL = 256  # longest side, in pixels, of the canvas on which regions are measured

@@ -245,6 +245,16 @@ def _valid_numbers(unit: str) -> str:
 # --- painted -----------------------------------------------------------------------------------------------------
 
 
+def regions_of(example: dict) -> list[tuple]:
+    """(boxes, polygons, mask or None) of each picture of an example."""
+    count = len(example["images"])
+    boxes, polygons = (example.get(name) or [] for name in ("boxes", "polygons"))
+    if count == 1:
+        boxes, polygons = [boxes], [polygons]
+    empty = [[] for _ in range(count)]
+    return list(zip(boxes or empty, polygons or empty, example.get("masks") or [None] * count, strict=True))
+
+
 def paint_region(
     size: tuple[int, int], boxes: Sequence = (), polygons: Sequence = (), mask: Image.Image | None = None
 ) -> Image.Image:

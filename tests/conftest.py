@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -11,11 +12,13 @@ import datasets
 import pytest
 import tiny_models
 import torch
+from browser import open_browser, set_screen
 from hypothesis import settings
 from PIL import Image
 
 from data.scenes import Scenes
 from prompts import encode_prompt
+from report import page
 from vlm import load_policy
 
 settings.register_profile("same examples every time", derandomize=True, deadline=None)
@@ -138,3 +141,34 @@ def without(key: str) -> dict:
 def two(boxes, **more) -> dict:
     """A row with two images, a.png and b.png."""
     return without("image") | {"images": ["a.png", "b.png"], "boxes": boxes} | more
+
+
+# --- the report's page ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def browser(tmp_path_factory):
+    with open_browser(tmp_path_factory.mktemp("profile")) as browser:
+        yield browser
+
+
+@pytest.fixture
+def show(browser, tmp_path):
+    """show(report) opens its page at a desktop's size; afterwards nothing may have been logged or asked for."""
+
+    def open_page(data: dict | str, *, width: int = 1200, height: int = 800, **screen):
+        path = tmp_path / "report.html"
+        path.write_text(data if isinstance(data, str) else page(data), encoding="utf-8")
+        set_screen(browser, width, height, **screen)
+        for log in ("browser", "performance"):
+            browser.get_log(log)
+        browser.get(path.as_uri())
+        return browser
+
+    yield open_page
+    messages = [entry["message"] for entry in browser.get_log("browser")]
+    messages = [message for message in messages if "willReadFrequently" not in message]  # advice for these tests
+    assert messages == []  # no error, and no violation of the page's policy
+    asked = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
+    asked = [entry["params"]["request"]["url"] for entry in asked if entry["method"] == "Network.requestWillBeSent"]
+    assert asked and all(re.match(r"data:image/|file://.*/report\.html$|about:blank$", url) for url in asked)

@@ -231,6 +231,7 @@ def test_the_command_writes_rows_and_goes_on_where_it_stopped(tmp_path, monkeypa
 def test_scripts_import_silently():
     """Importing any script runs nothing and prints nothing."""
     names = "attention checkpoint config evaluate metrics packing prompts reward rollout train_rl visualize vlm"
+    names += " answers plots report"
     names += " data.examples data.scenes data.build_tiny_policy"
     code = "import sys\n" + "\n".join(f"import {name}" for name in names.split())
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
