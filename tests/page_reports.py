@@ -82,18 +82,25 @@ def find(browser, selector: str):
     return browser.find_elements("css selector", selector)
 
 
+def settle(browser) -> None:
+    """Two frames: moves of a pointer reach the page with the next frame, not at once."""
+    browser.execute_script("return new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done)))")
+
+
 def tokens_of(browser, pane: int):
     return find(find(browser, ".tokens")[pane], ".token")
 
 
 def selected(browser) -> list[str]:
     """Text of the token under the cursor in each pane, None where the completion has ended."""
+    settle(browser)
     chosen = [find(tokens, '[aria-selected="true"]') for tokens in find(browser, ".tokens")]
     return [own[0].get_property("textContent") if own else None for own in chosen]
 
 
 def brightest_cells(browser) -> list[int | None]:
     """For each pane the cell of the grid at whose center the map is brightest; None for an empty map."""
+    settle(browser)
     centers = [[(x1 + x2) // 2, (y1 + y2) // 2] for x1, y1, x2, y2 in cells_of_grid().tolist()]
     code = """return [...document.querySelectorAll('canvas')].map((canvas) => arguments[0].map(([x, y]) => {
         const [red, green, blue, alpha] = canvas.getContext('2d').getImageData(x, y, 1, 1).data;
