@@ -53,15 +53,15 @@ class AddedLora:
 
     @staticmethod
     def merge_safe(module, active_adapter, orig_weight) -> Tensor:
-        return orig_weight + module.get_delta_weight(active_adapter).to(orig_weight.dtype)
+        return (orig_weight + module.get_delta_weight(active_adapter)).to(orig_weight.dtype)
 
     @staticmethod
     def merge_unsafe(module, active_adapter, orig_weight) -> None:
-        orig_weight.data += module.get_delta_weight(active_adapter).to(orig_weight.dtype)
+        orig_weight.data += module.get_delta_weight(active_adapter)
 
     @staticmethod
     def unmerge(module, active_adapter, orig_weight) -> Tensor:
-        return orig_weight - module.get_delta_weight(active_adapter).to(orig_weight.dtype)
+        return (orig_weight - module.get_delta_weight(active_adapter)).to(orig_weight.dtype)
 
 
 def add_in_place(policy: nn.Module) -> None:
