@@ -4,7 +4,9 @@ import difflib
 import json
 import math
 import os
+import re
 import sys
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -20,6 +22,10 @@ from families import PolicyError
 from prompts import SYSTEM_PROMPT
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+# A zero ends every file name, and half of a character (JSON, YAML and odd file names can have one) cannot be written.
+UNWRITABLE = re.compile("[\0\ud800-\udfff]")
+LARGEST_FILE, MAX_DEPTH = 2**16, 20  # of a YAML file: bytes, and lists and mappings within each other
+MAX_LISTED = 20  # unknown fields named in one error message
 EMBEDDED_POLICY = str(Path(__file__).parent / "data" / "tiny_policy")
 
 
@@ -44,7 +50,7 @@ class PolicyConfig:
 
     model: str = option("data/tiny_policy", "Policy: a local folder or a Hub id such as Qwen/Qwen3-VL-4B-Instruct.")
     revision: str | None = option(None, "Branch, tag or commit of a Hub model.")
-    adapter: str | None = option(None, "Folder or Hub id of a LoRA adapter to start from.")
+    adapter: str | None = option(None, "Folder or Hub id (or owner/name@revision) of a LoRA adapter to start from.")
     load_in_4bit: bool = option(False, "Load the language model in 4 bits (NF4, bitsandbytes).")
     dtype: str = option("auto", "Number format of the weights; auto takes the checkpoint's own.", DTYPES)
     max_pixels: int | None = option(
@@ -52,11 +58,17 @@ class PolicyConfig:
         "Shrink pictures to about this many pixels (area); a thumbnail comes on top.",
     )
     system_prompt: str = option(SYSTEM_PROMPT, "Text of the system turn; an empty one leaves the turn out.")
-    data: str = option("scenes", "Examples: .jsonl, .json, .parquet, datasets folder, Hub id, scenes, scenes:heldout.")
+    data: str = option(
+        "scenes",
+        "Examples: .jsonl, .json, .parquet, datasets folder, Hub id (or owner/name@revision), scenes, scenes:heldout.",
+    )
     split: str = option("train", "Split of a datasets folder or a Hub dataset.")
     limit: int | None = option(None, "Use only the first so many examples.")
     bad_rows: str = option("error", "What to do about examples that cannot be used.", ("error", "skip"))
     box_format: str = option("xyxy", "How boxes are written; polygons are in the same unit.", BOX_FORMATS)
+    allowed_folders: list[str] | None = option(
+        None, "Folders beside that of the data that its pictures and masks may lie in; / allows all."
+    )
     fields: list[str] | None = option(None, "Columns of other names, as name=column: question=query answer=label.text.")
     sampling_tokens: int = option(8192, "Sample as many groups side by side as have this many tokens at full length.")
     seed: int = option(0, "Seed of everything random.")
@@ -69,7 +81,8 @@ class PolicyConfig:
 
     def data_arguments(self) -> dict:
         """Keyword arguments for data.examples.load_examples."""
-        return {name: getattr(self, name) for name in ("split", "limit", "bad_rows", "box_format", "fields")}
+        names = ("split", "limit", "bad_rows", "box_format", "fields", "allowed_folders")
+        return {name: getattr(self, name) for name in names}
 
     def problems(self) -> list[str]:
         """What is wrong, one sentence each. Subclasses add theirs."""
@@ -80,9 +93,19 @@ class PolicyConfig:
                 found.append(f"{entry.name}={value!r}: valid are {valid}")
             if isinstance(value, float) and not math.isfinite(value):
                 found.append(f"{entry.name}={value}: give a finite number")
+            for text in value if isinstance(value, list) else [value]:
+                if isinstance(text, str) and UNWRITABLE.search(text):
+                    found.append(f"{entry.name}={text!r:.200}: leave out the zero, or the half of a character, in it")
+                elif isinstance(text, str) and entry.name != "system_prompt" and is_too_long(text):
+                    found.append(f"{entry.name}={text!r:.200}: no file has so long a name")
         if not 0 <= self.seed < 2**32:
             found.append(f"seed={self.seed}: give 0 to {2**32 - 1}")
         found += at_least(self, 1, "limit", "max_pixels", "sampling_tokens")
+        found += [
+            f"allowed_folders={folder!r:.200}: there is no such folder"
+            for folder in self.allowed_folders or ()
+            if not os.path.isdir(os.path.expanduser(folder))
+        ]
         found += [f"fields: {problem}" for problem in parse_fields(self.fields or [])[1]]
         return found
 
@@ -105,6 +128,11 @@ class SamplingConfig:
         return found
 
 
+def is_too_long(name: str) -> bool:
+    """Whether no file can have this name: systems raise an error of their own for that, wherever it is looked for."""
+    return len(name) > 1000 or any(len(part.encode(errors="replace")) > 255 for part in name.split("/"))
+
+
 def writable(config, *names: str, suffixes: tuple = ()) -> list[str]:
     """A sentence for every named field that is no file that could be written; None passes."""
     found = []
@@ -113,8 +141,8 @@ def writable(config, *names: str, suffixes: tuple = ()) -> list[str]:
         if value is None:
             continue
         path = Path(value)
-        existing = next(parent for parent in path.absolute().parents if parent.exists())
-        if path.is_dir() or not existing.is_dir() or not os.access(existing, os.W_OK):
+        existing = next(parent for parent in path.absolute().parents if os.path.exists(parent))
+        if os.path.isdir(path) or not existing.is_dir() or not os.access(existing, os.W_OK):
             found.append(f"{name}={value!r}: give the name of a file in a folder that can be written to")
         elif suffixes and path.suffix.lower() not in suffixes:
             found.append(f"{name}={value!r}: give a name that ends in {' or '.join(suffixes)}")
@@ -135,7 +163,7 @@ def read_jsonl(path: Path) -> list[tuple[str, dict]]:
     for number, line in enumerate(lines, 1):
         try:
             row = json.loads(line) if line.strip() else None
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             if number == len(lines):
                 break
             raise ConfigError(
@@ -179,7 +207,7 @@ def read_config(config_class: type, arguments: list[str]):
     parser.error = complain
     pairs, rest = parser.parse_known_args(arguments)
     if pairs.config is not None:
-        from_file, nulls = _yaml_arguments(Path(pairs.config), valid, found)
+        from_file, nulls = _yaml_arguments(Path(pairs.config), config_class, found)
         may_be_none = {name for name, kind in get_type_hints(config_class).items() if type(None) in get_args(kind)}
         found += [f"{name} is null: give a value" for name in nulls if name not in may_be_none]
         parser.set_defaults(**dict.fromkeys(may_be_none.intersection(nulls)))
@@ -198,29 +226,78 @@ def read_config(config_class: type, arguments: list[str]):
     return config
 
 
-def _yaml_arguments(path: Path, valid: list[str], found: list[str]) -> tuple[list[str], list[str]]:
-    """The fields of a YAML file as flags, and the names of those that are null; unknown ones go to `found`."""
+class _FieldLoader(yaml.SafeLoader):
+    """YAML whose values stay the texts that they are written as, as flags are; only null is told apart.
+
+    So 007, 12:30 and no are not turned into 7, 750 and False on their way to a field of type text. What a few bytes
+    could blow up to gigabytes (aliases of aliases), and what nests without end, is refused.
+    """
+
+    yaml_implicit_resolvers = {
+        first: [(tag, pattern) for tag, pattern in resolvers if tag == "tag:yaml.org,2002:null"]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+    depth = 0
+
+    def compose_node(self, parent, index):
+        event, problem = self.peek_event(), None
+        if isinstance(event, yaml.AliasEvent):
+            problem = "aliases (*name) are not read"
+        elif event.tag is not None:
+            problem = f"tags ({event.tag:.60}) are not read"
+        elif self.depth >= MAX_DEPTH:
+            problem = f"nested more than {MAX_DEPTH} deep"
+        if problem:
+            raise yaml.composer.ComposerError(None, None, problem, event.start_mark)
+        self.depth += 1
+        node = super().compose_node(parent, index)
+        self.depth -= 1
+        return node
+
+    def construct_mapping(self, node, deep=False):
+        names = Counter(key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode))
+        for name, count in names.items():
+            if count > 1:
+                raise yaml.constructor.ConstructorError(None, None, f"{name!r:.60} is given twice", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+def _yaml_arguments(path: Path, config_class: type, found: list[str]) -> tuple[list[str], list[str]]:
+    """The fields of a YAML file as flags, and the names of those that are null; what is wrong goes to `found`."""
     try:
-        settings = yaml.safe_load(path.read_text())
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(f"config={str(path)!r} cannot be read as YAML: {error}") from error
+        with path.open("rb") as file:
+            content = file.read(LARGEST_FILE + 1)
+        settings = yaml.load(content.decode("utf-8-sig"), _FieldLoader)
+    except (OSError, ValueError, yaml.YAMLError) as error:  # ValueError: not UTF-8, or a zero in the path
+        raise ConfigError(f"config={str(path)!r:.200} cannot be read as YAML: {error}") from error
+    if len(content) > LARGEST_FILE:
+        raise ConfigError(f"config={str(path)!r:.200} has more than {LARGEST_FILE} bytes: give a file of fields")
     if not isinstance(settings, dict):
-        raise ConfigError(f"config={str(path)!r}: give one field per line, such as `max_steps: 100`")
-    arguments = []
+        raise ConfigError(f"config={str(path)!r:.200}: give one field per line, such as `max_steps: 100`")
+    kinds, arguments = get_type_hints(config_class), []
+    unknown = [str(name) for name in settings if name not in kinds]
+    found += [f"{path.name}: {_unknown(name, list(kinds))}" for name in unknown[:MAX_LISTED]]
+    found += [f"{path.name}: and {len(unknown) - MAX_LISTED} more unknown fields"] if len(unknown) > MAX_LISTED else []
     for name, value in settings.items():
-        if name not in valid:
-            found.append(f"{path.name}: {_unknown(str(name), valid)}")
-        elif value is not None:
-            values = value if isinstance(value, list) else [value]
+        takes_list = "list" in str(kinds.get(name))
+        if name not in kinds or value is None:
+            continue
+        if isinstance(value, list) and takes_list and value and all(isinstance(entry, str) for entry in value):
+            # "=" would carry one value alone. One that begins with a dash and is no number could only be a flag.
+            dashed = [entry for entry in value if entry.startswith("-") and not re.fullmatch(r"-[0-9]+", entry)]
+            found += [f"{name}: {entry!r:.200} begins with a dash: leave it out" for entry in dashed]
+            arguments += [] if dashed else [f"--{name}", *value]
+        elif isinstance(value, str):
             # "=" also carries values that begin with a dash, such as attention_layers: -1.
-            single = not isinstance(value, list)
-            arguments += [f"--{name}={values[0]}"] if single else [f"--{name}", *map(str, values)]
-    return arguments, [name for name, value in settings.items() if name in valid and value is None]
+            arguments.append(f"--{name}={value}")
+        else:
+            found.append(f"{name}: {value!r:.200} cannot be: give {'a list, [a, b]' if takes_list else 'one value'}")
+    return arguments, [name for name, value in settings.items() if name in kinds and value is None]
 
 
 def _unknown(name: str, valid: list[str]) -> str:
-    near = difflib.get_close_matches(name, valid, n=2)
-    return f"unknown field {name!r}" + (
+    near = difflib.get_close_matches(name[:100], valid, n=2)
+    return f"unknown field {name!r:.100}" + (
         f": did you mean {' or '.join(near)}?" if near else f"; valid: {', '.join(valid)}"
     )
 

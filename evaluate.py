@@ -65,7 +65,7 @@ __all__ = [
 EXAMPLES_AT_A_TIME = 16  # pixels of so many pictures are in memory together
 # What an answer does not depend on; everything else binds the rows of an output folder.
 MAY_CHANGE = ("attention_weight", "format_weight", "accuracy_weight", "limit", "bad_rows", "sampling_tokens", "seed")
-MAY_CHANGE += ("benchmarks", "benchmark_root", "output_dir", "json")
+MAY_CHANGE += ("benchmarks", "benchmark_root", "output_dir", "json", "allowed_folders")
 OF_DATA = ("data", "split", "box_format", "fields")  # benchmarks have their own
 
 
@@ -80,6 +80,9 @@ class EvaluateConfig(RewardConfig, PolicyConfig):
     benchmark_root: list[str] | None = option(
         None, "Local copies of benchmarks: folders that hold them, or name=path; without it, the Hub."
     )
+    benchmark_revisions: list[str] | None = option(
+        None, "Branches, tags or commits of the Hub's copies, as name=revision: vstar=COMMIT mmstar=COMMIT."
+    )
     output_dir: str | None = option(
         None, "Folder of rows and results; a stopped evaluation goes on there. Benchmarks: evaluations/MODEL."
     )
@@ -90,7 +93,7 @@ class EvaluateConfig(RewardConfig, PolicyConfig):
 
     def problems(self) -> list[str]:
         found = super().problems() + at_least(self, 1, "max_new_tokens")
-        if self.json and (not Path(self.json).absolute().parent.is_dir() or Path(self.json).is_dir()):
+        if self.json and (not os.path.isdir(Path(self.json).absolute().parent) or os.path.isdir(self.json)):
             found.append(f"json={self.json!r}: give the name of a file in a folder that exists")
         for name in self.benchmarks or ():
             if name != "all" and name not in BENCHMARKS:
@@ -101,10 +104,14 @@ class EvaluateConfig(RewardConfig, PolicyConfig):
             found.append(f"data={self.data!r} beside benchmarks={self.benchmarks}: give one of them")
         if self.benchmark_root and self.benchmarks is None:
             found.append("benchmark_root without benchmarks: add --benchmarks all, or leave it out")
+        for entry in self.benchmark_revisions or ():
+            name, _, revision = entry.partition("=")
+            if name not in self.benchmark_names() or not revision:
+                found.append(f"benchmark_revisions={entry!r}: give name=revision of a benchmark that is evaluated")
         known = [name for name in self.benchmark_names() if name in BENCHMARKS]
         found += local_copies(known, self.benchmark_root or [])[1]
         if folder := self.folder():
-            existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+            existing = next(path for path in (folder, *folder.absolute().parents) if os.path.exists(path))
             if not existing.is_dir() or not os.access(existing, os.W_OK):
                 found.append(f"output_dir={str(folder)!r}: {str(existing)!r} is no folder that can be written to")
         return found
@@ -286,8 +293,11 @@ def main(config: EvaluateConfig) -> None:
     names, folder = config.benchmark_names(), config.folder()
     if names:
         copies, _ = local_copies(names, config.benchmark_root or [])
-        options = {"limit": config.limit, "bad_rows": config.bad_rows}
-        tasks = {name: load_benchmark(name, copy=copies.get(name), **options) for name in names}
+        options = {"limit": config.limit, "bad_rows": config.bad_rows, "allowed_folders": config.allowed_folders}
+        revisions = dict(entry.split("=", 1) for entry in config.benchmark_revisions or ())
+        tasks = {
+            name: load_benchmark(name, copy=copies.get(name), revision=revisions.get(name), **options) for name in names
+        }
     else:
         tasks = {"data": load_examples(config.data, **config.data_arguments(), require_boxes=False)}
     policies = ["base", "adapter"] if config.adapter else ["base"]

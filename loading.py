@@ -12,10 +12,11 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, BitsAndBytesConfig
+from transformers.utils.import_utils import is_torchvision_greater_or_equal
 
 from attention import PROBED_ATTENTION
 from families import FAMILIES, LANGUAGE_MODULE, PolicyError, pictures_of, unsupported
-from lora import add_in_place
+from lora import adapter_folder, add_in_place
 from prompts import base_model
 
 
@@ -39,7 +40,8 @@ def load_policy(
         model: a local folder or a Hub id, e.g. "data/tiny_policy" or "Qwen/Qwen3-VL-4B-Instruct".
         load_in_4bit: NF4 with double quantisation for the language model; vision tower, embeddings and head stay.
         lora_rank: rank of the LoRA adapter; 0 gives the plain model.
-        adapter: folder or Hub id of a PEFT adapter to go on from (trainable) or, with lora_rank 0, only to use.
+        adapter: folder or Hub id of a PEFT adapter to go on from (trainable) or, with lora_rank 0, only to use; see
+            lora.adapter_folder.
         attn: "sdpa" (with the attention probe) or "eager" (for comparison; attention rewards need "sdpa").
         dtype: "float32", "bfloat16", "float16", or "auto" (the checkpoint's own, see choose_dtype). LoRA weights are
             float32 in any case.
@@ -62,8 +64,7 @@ def load_policy(
         raise PolicyError(f'lora_targets={lora_targets!r}: valid are "language" and "all-linear"')
     if dtype not in ("auto", "float32", "bfloat16", "float16"):
         raise PolicyError(f'dtype={dtype!r}: valid are "auto", "float32", "bfloat16" and "float16"')
-    if adapter is not None and Path(adapter).is_dir() and not (Path(adapter) / "adapter_config.json").is_file():
-        raise PolicyError(f"adapter={adapter!r} holds no adapter_config.json: give the adapter/ folder of a run")
+    adapter = adapter and adapter_folder(adapter)
     config, processor = load_processor(model, revision=revision, max_pixels=max_pixels)
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     number_format = choose_dtype(dtype, config, device)
@@ -80,6 +81,8 @@ def load_policy(
         policy = AutoModelForImageTextToText.from_pretrained(
             model,
             revision=revision,
+            use_safetensors=True,
+            trust_remote_code=False,
             dtype=number_format,
             attn_implementation=attn,
             quantization_config=quantization,
@@ -87,7 +90,9 @@ def load_policy(
         )
     except (OSError, ValueError, SafetensorError) as error:
         raise PolicyError(
-            f"model={model!r} cannot be loaded: it must hold weights. transformers says: {str(error)[:300]}"
+            f"model={model!r} cannot be loaded: it must hold weights, as safetensors. Pickles can run code and are not "
+            f"read: where you trust pytorch_model.bin, convert it by from_pretrained and save_pretrained. transformers "
+            f"says: {str(error)[:300]}"
         ) from error
     for module in policy.modules():
         # In eval mode bitsandbytes packs the weights for newer CPUs, and from then on its backward is silently wrong.
@@ -116,6 +121,12 @@ def load_processor(model: str, *, revision: str | None = None, max_pixels: int |
         ) from error
     if config.model_type not in FAMILIES:
         raise unsupported(f"model={model!r} is of type {config.model_type!r}")
+    if config.model_type == "smolvlm" and not is_torchvision_greater_or_equal("0.27"):
+        # transformers then resizes with Pillow, in 8 bits: too coarse to tell where a token comes from.
+        raise PolicyError(
+            f"model={model!r} is of type 'smolvlm', which needs torchvision 0.27 or newer: pip install -U torch "
+            "torchvision, or give a model of another family"
+        )
     try:
         processor = AutoProcessor.from_pretrained(model, revision=revision, trust_remote_code=False)
     except (OSError, ValueError, ImportError) as error:  # ImportError: SmolVLM's processor wants num2words
@@ -141,7 +152,7 @@ def _with_adapter(policy, adapter, lora_rank, lora_alpha, lora_targets, load_in_
             warnings.filterwarnings("error", message=".*missing adapter keys", category=UserWarning)
             try:
                 return PeftModel.from_pretrained(policy, adapter, is_trainable=lora_rank > 0)
-            except (OSError, ValueError, RuntimeError, KeyError, UserWarning) as error:
+            except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError, UserWarning) as error:
                 raise PolicyError(
                     f"adapter={adapter!r} cannot be put on this model: give the adapter/ folder of a run with the same "
                     f"model. peft says: {str(error)[:300]}"

@@ -8,8 +8,56 @@ numbers (up to rounding) are PEFT's.
 
 from __future__ import annotations
 
+import json
+import os
+from pathlib import Path
+
 import torch
 from torch import Tensor, nn
+
+from families import PolicyError
+
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
+
+
+def adapter_folder(adapter: str) -> str:
+    """The folder of an adapter: the one given, or what the Hub has of owner/name or owner/name@revision.
+
+    Of the Hub only ADAPTER_FILES are downloaded, so that PEFT, which would go on to a pickle, finds none.
+
+    Raises:
+        PolicyError (a ValueError): there is none, its weights are no safetensors, or it is of another kind than LoRA.
+    """
+    folder = Path(os.path.expanduser(adapter))
+    if not os.path.isdir(folder):
+        from huggingface_hub import snapshot_download
+
+        name, _, revision = adapter.partition("@")
+        try:
+            folder = Path(snapshot_download(name, revision=revision or None, allow_patterns=list(ADAPTER_FILES)))
+        except (OSError, ValueError) as error:  # those of the Hub are these
+            raise PolicyError(
+                f"adapter={adapter!r:.200} is no folder, nor can it be downloaded: give the adapter/ folder of a run, "
+                f"or a Hub id (owner/name, or owner/name@revision). huggingface_hub says: {str(error)[:300]}"
+            ) from error
+    if not (folder / ADAPTER_FILES[0]).is_file():
+        raise PolicyError(f"adapter={adapter!r:.200} holds no {ADAPTER_FILES[0]}: give the adapter/ folder of a run")
+    if not (folder / ADAPTER_FILES[1]).is_file():
+        raise PolicyError(
+            f"adapter={adapter!r:.200} holds no {ADAPTER_FILES[1]}: give one with weights as safetensors. Pickles "
+            "(adapter_model.bin) are not read, since they can run code: convert them with PEFT where you trust them"
+        )
+    try:
+        config = json.loads((folder / ADAPTER_FILES[0]).read_text(encoding="utf-8"))
+        kind, module = config.get("peft_type"), config.get("megatron_config")
+    except (ValueError, AttributeError, RecursionError) as error:
+        raise PolicyError(f"adapter={adapter!r:.200}: its {ADAPTER_FILES[0]} is not a JSON object: {error}") from error
+    if kind != "LORA" or module:  # with a megatron_config PEFT imports any module that the file names
+        raise PolicyError(
+            f"adapter={adapter!r:.200}: its {ADAPTER_FILES[0]} has peft_type {kind!r:.60} and megatron_config "
+            f"{module!r:.60}; only LORA without the latter is read"
+        )
+    return str(folder)
 
 
 class _AddLowRank(torch.autograd.Function):

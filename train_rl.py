@@ -25,6 +25,7 @@ from accelerate.utils import gather_object, set_seed
 from torch import Tensor
 from tqdm import tqdm
 
+from biggest import try_biggest
 from checkpoint import keep_steps_until, load_state, open_run, save_adapter, save_checkpoint
 from config import ConfigError, PolicyConfig, SamplingConfig, at_least, option, run_command
 from data.examples import load_examples
@@ -76,6 +77,9 @@ class Config(RewardConfig, SamplingConfig, PolicyConfig):
     eval_split: str = option("test", "Split of eval_data, where it has several.")
     eval_limit: int | None = option(512, "Evaluate on the first so many examples of eval_data.")
     report_to: str = option("tensorboard", "Tracker of Accelerate.", ("tensorboard", "wandb", "none"))
+    plan: bool = option(False, "Print how much memory the run will take, by stage, and stop before weights are loaded.")
+    memory_gb: float | None = option(None, "Plan for a GPU with so many GB (10^9 bytes) instead of for this machine.")
+    try_biggest: bool = option(True, "Run the biggest group of the data first, so that a lack of memory shows at once.")
 
     def problems(self) -> list[str]:
         found = super().problems()
@@ -86,10 +90,10 @@ class Config(RewardConfig, SamplingConfig, PolicyConfig):
         found += at_least(self, 1, "max_steps", "groups_per_step", "num_iterations", "save_steps", "eval_limit")
         found += at_least(self, 1, "lora_rank", "lora_alpha", "max_skipped_steps")
         found += at_least(self, 0, "beta", "clip_low", "clip_high", "warmup_steps", "weight_decay")
-        for name in ("learning_rate", "max_grad_norm"):
-            if getattr(self, name) <= 0:
+        for name in ("learning_rate", "max_grad_norm", "memory_gb"):
+            if getattr(self, name) is not None and getattr(self, name) <= 0:
                 found.append(f"{name}={getattr(self, name)}: give more than 0")
-        if self.report_to != "none" and find_spec(self.report_to) is None:
+        if self.report_to in ("tensorboard", "wandb") and find_spec(self.report_to) is None:
             found.append(f"report_to={self.report_to!r} is not installed: pip install {self.report_to}, or give none")
         if not any(getattr(self, f"{name}_weight") for name in COMPONENTS):
             found.append("attention_weight, format_weight and accuracy_weight are all 0: nothing would be rewarded")
@@ -234,6 +238,11 @@ def _average_gradients(parameters: Sequence[Tensor], accelerator) -> None:
 
 
 def main(config: Config) -> None:
+    if config.plan:
+        from plan import show_plan  # whose own command has these settings, too
+
+        show_plan(config)
+        return
     checkpoint, output_dir = open_run(config), Path(config.output_dir)
     tracker = None if config.report_to == "none" else config.report_to
     # vlm.autocast and the scaler below do the same on every device; Accelerate's own float16 refuses a CPU.
@@ -290,6 +299,8 @@ def main(config: Config) -> None:
 
     accelerator.wait_for_everyone()
 
+    if config.try_biggest:
+        try_biggest(model, processor, examples, config, accelerator)
     before_path, before = output_dir / "evaluation_before.json", None
     if held_out and not checkpoint:
         before = evaluate_shared(model, processor, held_out, config, accelerator, f"before, {eval_data}")

@@ -59,7 +59,8 @@ def compute_dtype(model: nn.Module) -> torch.dtype:
 def autocast(model: nn.Module) -> AbstractContextManager:
     """Products in the model's own number format inside the block; nothing changes for a float32 model.
 
-    The LoRA weights of a half-precision model are float32, and follow the model's format here and in lora.py.
+    A half-precision model has float32 LoRA weights. lora.py casts those of plain layers itself; any other kind (DoRA)
+    would make float32 copies of its inputs, keep them for the backward pass and multiply in float32.
     """
     dtype = compute_dtype(model)
     return torch.autocast(model_device(model).type, dtype, enabled=dtype != torch.float32)

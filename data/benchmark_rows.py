@@ -7,11 +7,11 @@ import re
 import string
 from collections import Counter
 from collections.abc import Sequence
-from pathlib import Path
 
 import datasets
 
 from data.examples import DataError
+from data.paths import DataFolder
 from data.rows import Table
 from grader import normalized
 
@@ -88,7 +88,7 @@ class BenchmarkRows(Sequence):
     unparsed   ids of rows so far whose options could not be told apart: they are graded by letter
     """
 
-    def __init__(self, benchmark, dataset: datasets.Dataset, folder: Path | None):
+    def __init__(self, benchmark, dataset: datasets.Dataset, folder: DataFolder | None):
         self.benchmark, self.folder, self.unparsed = benchmark, folder, set()
         self._columns = {
             name: column_of(benchmark, name, dataset.column_names)
@@ -161,7 +161,7 @@ class BenchmarkRows(Sequence):
         return answer, None if choices else answer_type
 
     def _picture(self, picture):
-        """The bytes of a picture, or its path: inside the folder, and there."""
+        """The bytes of a picture, or its path from the folder: inside it, and there."""
         if isinstance(picture, dict):
             if picture.get("bytes"):
                 return picture["bytes"]
@@ -176,13 +176,10 @@ class BenchmarkRows(Sequence):
         if self.folder is None:
             raise DataError(f"picture {picture!r:.200} is a path, but the Hub's table has no files; read a local copy")
         for place in self.benchmark.pictures:
-            path = os.path.normpath(self.folder / place / picture)
-            # Not resolved: files of the Hub's cache are links to where they really are.
-            if not Path(path).is_relative_to(os.path.normpath(self.folder)):
-                raise DataError(f"picture {picture!r:.200} lies outside of {str(self.folder)!r}; it is not read")
+            path = self.folder.resolve("picture", os.path.join(place, picture))
             if os.path.isfile(path):
-                return path
-        looked = ", ".join(str(self.folder / place) for place in self.benchmark.pictures)
+                return os.path.join(place, picture)
+        looked = ", ".join(str(self.folder.path / place) for place in self.benchmark.pictures)
         raise DataError(f"picture {picture!r:.200}: there is no such file in {looked}; unpack the pictures there")
 
 

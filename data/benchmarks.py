@@ -24,6 +24,7 @@ ChartQA without its tolerance (eval/score.py): the paper's figures are beside ou
 """
 
 import json
+import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -34,6 +35,7 @@ import pyarrow.compute as pc
 
 from data.benchmark_rows import BenchmarkRows, column_of
 from data.examples import DataError, Examples, checked_examples
+from data.paths import DataFolder
 from data.rows import Rows
 
 SHORT = "{question}\nAnswer with a word, a number or a short phrase."
@@ -72,19 +74,19 @@ class Benchmark:
     pictures: Sequence[str] = (".",)
     paths: bool = False
     pictureless: bool = False
-    boxes: Callable[[dict, Path | None], list] | None = None
+    boxes: Callable[[dict, DataFolder | None], list] | None = None
 
 
-def _boxes_beside_picture(row: dict, folder: Path | None) -> list:
+def _boxes_beside_picture(row: dict, folder: DataFolder | None) -> list:
     """The bbox of the JSON that V* has beside each picture; none without that file."""
     if folder is None or not isinstance(row["image"], str):
         return []
-    path = (folder / row["image"]).with_suffix(".json")
+    path = Path(folder.resolve("annotation", str(Path(row["image"]).with_suffix(".json"))))
     if not path.is_file():
         return []
     try:
         return json.loads(path.read_text(encoding="utf-8")).get("bbox") or []
-    except (ValueError, AttributeError) as error:
+    except (ValueError, AttributeError, RecursionError) as error:
         raise DataError(f"{path.name} is not the annotation of a picture: {error}; download it again") from error
 
 
@@ -181,15 +183,15 @@ def local_copies(names: Sequence[str], roots: Sequence[str]) -> tuple[dict[str, 
     for root in roots:
         name, equals, path = root.partition("=")
         if equals and name in BENCHMARKS:
-            found[name] = Path(path).expanduser()
-            if not found[name].exists():
+            found[name] = Path(os.path.expanduser(path))
+            if not os.path.exists(found[name]):
                 problems.append(f"benchmark_root={root!r}: there is no {path!r}")
-        elif not Path(root).expanduser().is_dir():
+        elif not os.path.isdir(os.path.expanduser(root)):
             problems.append(
                 f"benchmark_root={root!r}: give a folder that exists, or name=path; names: {', '.join(BENCHMARKS)}"
             )
         else:
-            parents.append(Path(root).expanduser())
+            parents.append(Path(os.path.expanduser(root)))
     for name in names if parents else ():
         if name in found:
             continue
@@ -206,21 +208,28 @@ def local_copies(names: Sequence[str], roots: Sequence[str]) -> tuple[dict[str, 
 
 
 def load_benchmark(
-    name: str, *, copy: Path | None = None, limit: int | None = None, bad_rows: str = "error"
+    name: str,
+    *,
+    copy: Path | None = None,
+    limit: int | None = None,
+    bad_rows: str = "error",
+    allowed_folders: Sequence[str] | None = None,
+    revision: str | None = None,
 ) -> Examples:
     """The examples of a benchmark, every one checked, its pictures decoded once.
 
     Args:
         name: one of BENCHMARKS.
         copy: a local copy: a folder, or its data file; None is the Hub (or what is cached of it).
-        limit, bad_rows: as for load_examples.
+        limit, bad_rows, allowed_folders: as for load_examples.
+        revision: branch, tag or commit of the Hub's copy.
 
     Raises:
         DataError: the copy cannot be opened, has other columns, or has bad rows.
     """
     benchmark = BENCHMARKS[name]
     try:
-        dataset, folder = _open(benchmark, copy)
+        dataset, path = _open(benchmark, copy, revision)
     except DataError:
         raise
     except Exception as error:  # whatever pyarrow, fsspec and the Hub raise
@@ -229,9 +238,10 @@ def load_benchmark(
         raise DataError(f"{name}: {where} cannot be read ({type(error).__name__}: {error}){hint}") from error
     if benchmark.pictureless:
         dataset = _with_pictures(name, dataset, column_of(benchmark, "image", dataset.column_names))
-    rows = BenchmarkRows(benchmark, dataset, folder)
+    folder = DataFolder(path or Path(), allowed_folders or ())
+    rows = BenchmarkRows(benchmark, dataset, path and folder)
     examples = checked_examples(
-        Rows(name, rows, range(len(rows)), folder or Path()),
+        Rows(name, rows, range(len(rows)), folder),
         "xywh",
         limit=limit,
         bad_rows=bad_rows,
@@ -244,14 +254,14 @@ def load_benchmark(
     return examples
 
 
-def _open(benchmark: Benchmark, copy: Path | None) -> tuple[datasets.Dataset, Path | None]:
+def _open(benchmark: Benchmark, copy: Path | None, revision: str | None) -> tuple[datasets.Dataset, Path | None]:
     """The rows, and the folder that picture paths count from, None for a table of the Hub."""
     if copy is None and benchmark.paths:
         from huggingface_hub import snapshot_download
 
-        copy = Path(snapshot_download(benchmark.source, repo_type="dataset"))
+        copy = Path(snapshot_download(benchmark.source, repo_type="dataset", revision=revision))
     if copy is None:
-        return datasets.load_dataset(benchmark.source, split=benchmark.split), None
+        return datasets.load_dataset(benchmark.source, split=benchmark.split, revision=revision), None
     copy = copy.expanduser().absolute()
     folder = copy.parent if copy.is_file() else copy
     files = [str(copy)] if copy.is_file() else []

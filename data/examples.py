@@ -24,6 +24,7 @@ import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from data.paths import DataFolder
 from data.pictures import DataError, load_mask, load_picture
 from data.regions import BOX_FORMATS, fit_regions
 from data.row_checks import check_row, check_rows
@@ -88,6 +89,7 @@ def load_examples(
     split: str = "train",
     box_format: str = "xyxy",
     fields: Iterable[str] | None = None,
+    allowed_folders: Iterable[str] | None = None,
 ) -> Examples:
     """Open a data set and check every row of it, or as many as it takes to find `limit` good ones.
 
@@ -97,13 +99,15 @@ def load_examples(
     data           `scenes`, `scenes:validation`, `scenes:heldout`, `scenes:newtype` (which take none of the options
                    below but split); a .jsonl, .json (one list) or .parquet file, its picture paths relative to the
                    file; a folder made by `Dataset.save_to_disk`; any other folder or Hub id that
-                   `datasets.load_dataset` reads
+                   `datasets.load_dataset` reads, owner/name@revision for a branch, tag or commit of it
     bad_rows       "error" raises when there are any, "skip" drops them, lists them in `.skipped` and says how many
     require_boxes  whether a row without any region (box, polygon or mask) is bad
     split          of a folder or Hub id that has several
     box_format     how boxes are written, one of BOX_FORMATS of data/regions.py; polygons are in the same unit
     fields         "name=column" entries for columns that have other names than here, such as "question=query"; dots
                    lead into nested columns: "answer=label.text"
+    allowed_folders  folders beside that of the data that its pictures and masks may lie in; a path, or a link, that
+                   leads anywhere else makes a row bad
 
     Raises DataError when the data cannot be opened, when `fields` does not fit it, when a row is bad and bad_rows is
     "error", and when no good row is left; ValueError for an invalid argument.
@@ -120,8 +124,8 @@ def load_examples(
         except ValueError as error:
             raise DataError(str(error)) from error
         every = range(len(scenes))  # drawn by sayo itself, nothing to check
-        return Examples(Rows(data, scenes, every, Path()), every[:limit])
-    rows = open_rows(data, split)
+        return Examples(Rows(data, scenes, every, DataFolder(Path())), every[:limit])
+    rows = open_rows(data, split, allowed_folders or ())
     if not len(rows):
         raise DataError(f"data {data!r} has no rows; write at least one example")
     rows.rename(fields or ())
@@ -136,6 +140,8 @@ def checked_examples(rows: Rows, box_format: str, *, limit: int | None, bad_rows
         rest = [f"and {more} more"] if more > 0 else []
         hint = "--bad_rows skip drops them" if chosen else "no good row is left"
         summary = f"{len(skipped)} bad and {len(chosen)} good rows in {rows.name}:"
+        allowing = rows.folder.hint()
+        hint += f"; this would allow the folders of files outside: {allowing}" if allowing else ""
         raise DataError("\n  ".join([summary, *listed, *rest]) + f"\n{hint}")
     if skipped:
         of = f"{len(skipped)} of {len(skipped) + len(chosen)} rows skipped"

@@ -1,6 +1,9 @@
 """Pictures and masks as people have them: decoded, turned as a viewer shows them, or only measured and checked."""
 
 import io
+import os
+import stat
+import threading
 import warnings
 from contextlib import nullcontext
 from pathlib import Path
@@ -10,6 +13,10 @@ from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 LONGEST_TO_SHORTEST = 200  # sides of a picture; Qwen's processors refuse more
 MAX_PIXELS = 178_956_970  # area of a picture; Pillow's own limit, at half of which it warns
+LARGE = 2**25  # pixels; threads decode such pictures one at a time, or several would not fit in memory
+# Formats of photographs, drawings and masks; Pillow knows more, and opens EPS by running Ghostscript on it.
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
+FORMATS += ("AVIF", "JPEG2000", "DIB", "ICO", "PCX", "QOI", "SGI", "TGA")
 TURNED = (5, 6, 7, 8)  # EXIF orientations that swap width and height
 # Modes that load_picture turns into RGB whatever their pixels are, so that measuring need not try.
 PLAIN_MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr", "I", "I;16", "I;16B", "I;16L", "I;16N")
@@ -17,6 +24,7 @@ PLAIN_MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr", "I", "
 # A picture beyond MAX_PIXELS is a DataError here, a warning in addition would only be noise.
 Image.MAX_IMAGE_PIXELS = MAX_PIXELS
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+_decoding_large = threading.Lock()
 
 
 class DataError(ValueError):
@@ -84,20 +92,34 @@ def _read(image, kind: str, use):
         raise DataError(f'{kind} {image!r:.200} is neither a path nor {{"bytes", "path"}}; write the path of a file')
     name = _name(content)
     try:
-        source = io.BytesIO(content) if isinstance(content, bytes) else content
-        with nullcontext(content) if isinstance(content, Image.Image) else Image.open(source) as opened:
+        with nullcontext(content) if isinstance(content, Image.Image) else open_picture(content) as opened:
             if opened.width * opened.height > MAX_PIXELS:
                 area = f"{opened.width} x {opened.height} = {opened.width * opened.height}"
                 raise Image.DecompressionBombError(f"it has {area} pixels")
-            return use(opened)
+            with _decoding_large if opened.width * opened.height > LARGE else nullcontext():
+                return use(opened)
     except FileNotFoundError as error:
         raise DataError(f"{kind} {name}: there is no such file; correct the path or add the file") from error
     except Image.DecompressionBombError as error:
         raise DataError(f"{kind} {name} is too large: {error}; shrink it to {MAX_PIXELS} pixels or less") from error
     except UnidentifiedImageError as error:  # its message shows an object's address for what is in memory
-        raise DataError(f"{kind} {name} cannot be read: cannot identify its format; replace the file") from error
+        raise DataError(
+            f"{kind} {name} cannot be read: cannot identify its format; replace the file by a picture in one of "
+            f"{', '.join(FORMATS[:7])}"
+        ) from error
     except Exception as error:  # Pillow's decoders raise nearly anything: SyntaxError, struct.error, EOFError, ...
         raise DataError(f"{kind} {name} cannot be read: {error!s:.200}; replace the file") from error
+
+
+def open_picture(content: str | Path | bytes) -> Image.Image:
+    """The picture in a file or in bytes, its pixels not yet decoded."""
+    if not isinstance(content, bytes):
+        mode = os.stat(content).st_mode
+        if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):  # reading a pipe or a terminal may never end
+            raise ValueError("it is a pipe or a device")
+    Image.init()
+    formats = [name for name in FORMATS if name in Image.OPEN]  # AVIF is not in every build
+    return Image.open(io.BytesIO(content) if isinstance(content, bytes) else content, formats=formats)
 
 
 def _to_rgb(picture: Image.Image) -> Image.Image:

@@ -280,6 +280,8 @@ def prepare(
     shutil.rmtree(out / ".work", ignore_errors=True)  # only now: a stop before this line loses nothing
     report = json.loads((out / "report.json").read_text(encoding="utf-8"))
     print(format_report(report), f"-> {out / 'train.jsonl'}", sep="\n")
+    if not store:
+        print(f"its pictures stay where they are: give --allowed_folders {config.images} beside it")
     if not report["kept"]:
         raise DataError(f"no row of {source} can be used; the reasons are above, examples are in {out / 'report.json'}")
     return report

@@ -2,13 +2,12 @@
 
 import os
 import re
-from io import BytesIO
 from pathlib import Path
 from typing import NamedTuple
 
-from PIL import ExifTags, Image
+from PIL import ExifTags
 
-from data.pictures import TURNED, DataError, measure_picture
+from data.pictures import TURNED, DataError, measure_picture, open_picture
 from data.regions import is_number
 
 SUFFIXES = {"JPEG": ".jpg", "MPO": ".jpg", "TIFF": ".tif"}  # other formats: their name in lower case
@@ -107,6 +106,6 @@ def inspect_picture(content: Path | bytes | None) -> Picture:
         width, height = measure_picture(content)
     except DataError as error:
         raise Dropped("picture unreadable", error) from error
-    with Image.open(BytesIO(content) if isinstance(content, bytes) else content) as opened:
+    with open_picture(content) as opened:
         suffix = SUFFIXES.get(opened.format, f".{opened.format.lower()}")
         return Picture(width, height, opened.getexif().get(ExifTags.Base.Orientation, 1), suffix)

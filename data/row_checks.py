@@ -8,16 +8,17 @@ from array import array
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from pathlib import Path
 
 from tqdm import tqdm
 
-from data.pictures import DataError, measure_mask, measure_picture
+from data.paths import DataFolder
+from data.pictures import MAX_PIXELS, DataError, measure_mask, measure_picture
 from data.regions import boxes_per_image, fit_regions, is_number, polygons_per_image
 from data.rows import Rows
 from grader import answer_problem
 
 MAX_WORKERS = 8  # threads that decode pictures, each with a whole one in memory
+MAX_PIXELS_OF_ROW = 4 * MAX_PIXELS  # area of all pictures of a row, as RGB two gigabytes
 READ_AHEAD = 4  # rows for each of them that are read before it is their turn
 HALF_CHARACTER = re.compile("[\ud800-\udfff]")  # JSON can spell them, no text file and no tokenizer takes them
 
@@ -25,7 +26,7 @@ HALF_CHARACTER = re.compile("[\ud800-\udfff]")  # JSON can spell them, no text f
 # --- one row -----------------------------------------------------------------------------------------------------
 
 
-def check_row(row: dict, folder: Path) -> dict:
+def check_row(row: dict, folder: DataFolder) -> dict:
     """The example of one row: `images` and `masks` undecoded, `boxes` and `polygons` as written, a list per image.
 
     `polygons` and `masks` are there only when a question has any. Raises DataError for the first thing wrong that
@@ -74,16 +75,14 @@ def check_row(row: dict, folder: Path) -> dict:
     return example
 
 
-def _resolve(kind: str, image, folder: Path):
-    """The picture or mask without {"bytes", "path"} around it, a path made relative to the folder of its data file."""
+def _resolve(kind: str, image, folder: DataFolder):
+    """The picture or mask without {"bytes", "path"} around it, a path as it counts from the folder of its data file."""
     if isinstance(image, dict):
         given, image = image, image.get("bytes") or image.get("path")
         if not image:
             fix = "a run-length code: write it as a picture" if kind == "mask" else "write the path of a file"
             raise DataError(f'{kind} {given!r:.200} is neither a path nor {{"bytes", "path"}}; {fix}')
-    if isinstance(image, str) and image.startswith(("http://", "https://", "data:")):
-        raise DataError(f"{kind} {image!r:.100} is not a file; save it as one and write its path")
-    return str(folder / image) if isinstance(image, str) and image else image
+    return folder.resolve(kind, image) if isinstance(image, str) and image else image
 
 
 def _masks_per_image(mask, masks, num_images: int) -> list:
@@ -201,6 +200,11 @@ def _check_regions(example: dict, measures: _Measures, box_format: str) -> None:
     """Raises DataError for pictures that cannot be decoded and regions that do not fit them."""
     pictures, masks = _begin(example, measures)
     sizes = [measures.size(key) for key in pictures]
+    area = sum(width * height for width, height in sizes)
+    if area > MAX_PIXELS_OF_ROW:  # all pictures of a row are in memory together
+        raise DataError(
+            f"{len(sizes)} pictures of {area} pixels in all; shrink them to {MAX_PIXELS_OF_ROW} or less, or give fewer"
+        )
     fit_regions(example, sizes, box_format)
     for place, (size, key) in enumerate(zip(sizes, masks, strict=True)):
         mask_size = measures.size(key) if key else size

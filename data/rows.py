@@ -1,21 +1,26 @@
 """The rows of a data set, whatever file they are in, and the names that its columns have in sayo."""
 
+import itertools
 import json
 import mmap
+import os
 import re
 from array import array
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import datasets
+from huggingface_hub.constants import HF_HUB_CACHE
 
+from data.paths import DataFolder
 from data.pictures import DataError
 
 VALID_DATA = (
     "scenes, scenes:validation, scenes:heldout, scenes:newtype, a .jsonl, .json or .parquet file, or a folder or Hub "
-    "id that datasets.load_from_disk or datasets.load_dataset reads"
+    "id (owner/name, or owner/name@revision) that datasets.load_from_disk or datasets.load_dataset reads"
 )
-HUB_ID = r"[\w-][\w.-]*(/[\w.-]+)?"  # "name" or "owner/name"
+HUB_ID = r"[\w-][\w.-]*(/[\w.-]+)?(@[\w./+-]+)?"  # "name", "owner/name", "owner/name@revision"
 NAMES = ("id", "image", "images", "question", "answer", "answer_type", "choices", "boxes", "polygons", "mask", "masks")
 # Two names of one thing: where one of them is mapped to a column, a column of the other name does not count.
 SIBLINGS = {"image": "images", "images": "image", "mask": "masks", "masks": "mask"}
@@ -94,10 +99,10 @@ class Rows:
     """The rows of a data set as dicts, with the columns that the user mapped under sayo's names.
 
     name      what they were loaded from
-    folder    what relative picture paths count from
+    folder    what relative picture paths count from, and what they may lead to
     """
 
-    def __init__(self, name: str, rows: Sequence, numbers: Sequence[int], folder: Path):
+    def __init__(self, name: str, rows: Sequence, numbers: Sequence[int], folder: DataFolder):
         self.name, self.folder = name, folder
         self._rows, self._numbers, self._columns = rows, numbers, {}
 
@@ -160,12 +165,14 @@ def parse_fields(fields: Iterable[str]) -> tuple[dict[str, str], list[str]]:
     return columns, problems
 
 
-def open_rows(data: str, split: str) -> Rows:
+def open_rows(data: str, split: str, allowed_folders: Iterable[str] = ()) -> Rows:
     """The rows of `data`, unchecked. Raises DataError when it cannot be opened."""
-    path = Path(data).expanduser()
-    if path.suffix in (".jsonl", ".json") and path.is_file():
-        return _open_json(data, path)
-    if not path.exists() and (path.suffix in (".jsonl", ".json", ".parquet") or not re.fullmatch(HUB_ID, data)):
+    path = Path(os.path.expanduser(data))  # Path's own raises RuntimeError for the home of nobody
+    # Not Path.exists: it raises OSError for a name that is too long.
+    if path.suffix in (".jsonl", ".json") and os.path.isfile(path):
+        return _open_json(data, path, DataFolder(path.parent, allowed_folders))
+    exists, (name, _, revision) = os.path.exists(path), data.partition("@")
+    if not exists and (path.suffix in (".jsonl", ".json", ".parquet") or not re.fullmatch(HUB_ID, data)):
         raise DataError(f"data {data!r}: there is no such file or folder; valid: {VALID_DATA}")
     if path.is_file() and path.suffix != ".parquet":
         raise DataError(f"data {data!r} is a file of another type; valid: {VALID_DATA}")
@@ -175,26 +182,37 @@ def open_rows(data: str, split: str) -> Rows:
         elif (path / "state.json").exists() or (path / "dataset_dict.json").exists():
             dataset = datasets.load_from_disk(str(path))
         else:
-            dataset = datasets.load_dataset(str(path) if path.exists() else data, split=split)
+            if exists:
+                _check_data_files(path, DataFolder(path, allowed_folders))
+            dataset = datasets.load_dataset(str(path) if exists else name, split=split, revision=revision or None)
         if isinstance(dataset, datasets.DatasetDict):
             if split not in dataset:
                 raise ValueError(f"unknown split {split!r}; valid ones: {', '.join(dataset)}")
             dataset = dataset[split]
     except Exception as error:  # whatever pyarrow, fsspec and the Hub raise
-        what = "cannot be loaded" if path.exists() else "is no file or folder here, and no Hub id that can be loaded"
+        what = "cannot be loaded" if exists else "is no file or folder here, and no Hub id that can be loaded"
         raise DataError(f"data {data!r} {what} ({type(error).__name__}: {error}); valid: {VALID_DATA}") from error
-    return Rows(data, Table(dataset), range(len(dataset)), path.parent if path.is_file() else path)
+    caches = [datasets.config.DOWNLOADED_DATASETS_PATH, *([] if exists else [HF_HUB_CACHE])]
+    folder = DataFolder(path.parent if path.is_file() else path, allowed_folders, caches)
+    return Rows(data, Table(dataset), range(len(dataset)), folder)
 
 
-def _open_json(data: str, path: Path) -> Rows:
+def _check_data_files(path: Path, folder: DataFolder) -> None:
+    """Raises DataError when the README or the configuration of a local folder leads `datasets` out of it."""
+    files = datasets.load_dataset_builder(str(path)).config.data_files or {}
+    for file in itertools.chain(*files.values()):
+        folder.resolve("data file", str(file))
+
+
+def _open_json(data: str, path: Path, folder: DataFolder) -> Rows:
     with path.open("rb") as file:
         if file.read(2) in (b"\xff\xfe", b"\xfe\xff"):
             raise DataError(f"data {data!r} is text in UTF-16; save it as UTF-8")
     if path.suffix == ".jsonl":
         lines = Lines(path)
-        return Rows(data, lines, lines.numbers, path.parent)
+        return Rows(data, lines, lines.numbers, folder)
     try:
-        rows = json.loads(path.read_bytes())
+        rows = json.loads(path.read_bytes(), object_pairs_hook=_object)
     except (ValueError, RecursionError) as error:
         raise DataError(
             f"data {data!r} is not JSON ({error}); write one list of objects, or name it .jsonl where every line is one"
@@ -202,7 +220,7 @@ def _open_json(data: str, path: Path) -> Rows:
     if not isinstance(rows, list):
         what = f"one object with the keys {', '.join(rows)}" if isinstance(rows, dict) else f"{rows!r}"
         raise DataError(f"data {data!r} holds {what:.300}; write one list of objects, [{{...}}, {{...}}]")
-    return Rows(data, rows, range(len(rows)), path.parent)
+    return Rows(data, rows, range(len(rows)), folder)
 
 
 def _parse(row) -> dict:
@@ -210,7 +228,7 @@ def _parse(row) -> dict:
     parsed = row
     if isinstance(row, bytes):
         try:
-            parsed = json.loads(row)
+            parsed = json.loads(row, object_pairs_hook=_object)
         except (ValueError, RecursionError) as error:
             raise DataError(f"not JSON ({error}): {row[:60]!r}; write one JSON object per line") from error
     if _is_too_deep(parsed):
@@ -220,6 +238,15 @@ def _parse(row) -> dict:
     if not isinstance(parsed, dict):
         raise DataError(f'not a JSON object: {row!r:.60}; write {{"image": ..., "question": ..., ...}}')
     return parsed
+
+
+def _object(pairs: list[tuple]) -> dict:
+    """A JSON object whose keys are all different. Raises ValueError: which of two values counts is not defined."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        repeated = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
+        raise ValueError(f"key {repeated!r:.100} twice in one object")
+    return found
 
 
 def _is_too_deep(value) -> bool:

@@ -107,23 +107,25 @@ def test_a_picture_that_is_not_there_is_named_with_the_places(tmp_path):
 
 
 def test_the_hubs_cache_of_links_is_read(tmp_path, monkeypatch):
-    """A snapshot holds links to files that really lie elsewhere."""
+    """A snapshot holds links to files that really lie in the folder blobs beside all snapshots."""
     expected = BUILDERS["vstar"](tmp_path / "blobs")
+    snapshot = tmp_path / "snapshots" / "c0ffee"
     for path in sorted((tmp_path / "blobs").rglob("*")):
-        link = tmp_path / "snapshot" / path.relative_to(tmp_path / "blobs")
+        link = snapshot / path.relative_to(tmp_path / "blobs")
         link.mkdir(parents=True) if path.is_dir() else (
             link.parent.mkdir(parents=True, exist_ok=True),
             os.symlink(path, link),
         )
     asked = []
 
-    def snapshot_download(repository, repo_type):
-        asked.append((repository, repo_type))
-        return str(tmp_path / "snapshot")
+    def snapshot_download(repository, repo_type, revision):
+        asked.append((repository, repo_type, revision))
+        return str(snapshot)
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
     assert as_tuples(load_benchmark("vstar")) == expected
-    assert asked == [("craigwu/vstar_bench", "dataset")]
+    assert as_tuples(load_benchmark("vstar", revision="c0ffee")) == expected
+    assert asked == [("craigwu/vstar_bench", "dataset", None), ("craigwu/vstar_bench", "dataset", "c0ffee")]
 
 
 def test_several_pictures_in_a_list(tmp_path):

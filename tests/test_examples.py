@@ -165,11 +165,11 @@ def test_changed_parquet_is_read_anew(folder):
     assert len(load_examples(data)) == 1
 
 
-def test_absolute_picture_path(folder, tmp_path):
+def test_absolute_picture_path_in_an_allowed_folder(folder, tmp_path):
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
     data = write_jsonl(elsewhere, GOOD | {"image": str(folder / "a.png")})
-    assert load_examples(data)[0]["image"].size == (WIDTH, HEIGHT)
+    assert load_examples(data, allowed_folders=[str(folder)])[0]["image"].size == (WIDTH, HEIGHT)
 
 
 # ------------------------------------------------------------------------------------------------ good examples

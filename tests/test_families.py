@@ -14,11 +14,11 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import rollout
-from families import Family, pictures_of
+from families import Family, PolicyError, pictures_of
 from prompts import base_model, encode_prompt, image_features, region_coverage, token_cells
 from rollout import group_generator, sample_groups
 from train_rl import Config, train_step
-from vlm import group_logprobs, load_policy, token_statistics
+from vlm import group_logprobs, load_policy, load_processor, token_statistics
 
 ATTENTION_OUTPUT = ("attn.proj", "attn.out_proj", "attention.projection_layer")
 # Side of a token's cell, and (columns, rows) of tokens, where a picture of whole cells is not resized.
@@ -284,3 +284,11 @@ def test_an_entry_that_does_not_fit_its_processor_is_named(policies, examples, m
     monkeypatch.setitem(families.FAMILIES, "qwen3_vl", Family("Qwen3VLProcessor", OneShort))
     with pytest.raises(ValueError, match=r"23 tokens by FAMILIES.*24 in the prompt.*Qwen3VLProcessor"):
         encode_prompt(policies["qwen3_vl"][1], examples[0])
+
+
+def test_smolvlm_names_the_torchvision_that_it_needs(model_folders, monkeypatch):
+    """With torchvision 0.26 its cells could not be measured, and the message was about pixels outside of [0, 1]."""
+    monkeypatch.setattr("loading.is_torchvision_greater_or_equal", lambda version: False)
+    with pytest.raises(PolicyError, match=r"'smolvlm', which needs torchvision 0\.27 or newer: pip install -U"):
+        load_processor(model_folders["smolvlm"])
+    load_processor(model_folders["qwen3_vl"])  # the other families do not

@@ -8,6 +8,7 @@ import pytest
 import grader
 import math_answers
 from data.examples import DataError
+from data.paths import DataFolder
 from data.row_checks import check_row
 from grader import ANSWER_TYPES, clean, extract_answer, is_correct, quantity
 
@@ -345,9 +346,12 @@ def test_the_reward_uses_this_very_check():
 )
 def test_an_answer_type_that_does_not_fit_is_named(row, message, tmp_path):
     with pytest.raises(DataError, match=message):
-        check_row({"image": "a.png", "question": "?"} | row, tmp_path)
+        check_row({"image": "a.png", "question": "?"} | row, DataFolder(tmp_path))
 
 
 def test_answer_types_that_fit(tmp_path):
     for _, example, _, _ in CASES:
-        assert check_row({"image": "a.png", "question": "?"} | example, tmp_path)["answer"] == example["answer"]
+        assert (
+            check_row({"image": "a.png", "question": "?"} | example, DataFolder(tmp_path))["answer"]
+            == example["answer"]
+        )

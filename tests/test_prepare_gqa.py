@@ -50,10 +50,14 @@ def test_rows_and_boxes(gqa, tmp_path):
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["report.json", "settings.json", "train.jsonl"]
 
 
-def test_the_loader_takes_the_folder(gqa, tmp_path, monkeypatch):
+def test_the_loader_takes_the_folder(gqa, tmp_path, monkeypatch, capsys):
+    """The pictures are elsewhere: the command, the loader's message and its argument name the same flag."""
     main(config(gqa, tmp_path / "out"))
+    assert f"give --allowed_folders {gqa[0]['images']} beside it" in capsys.readouterr().out
     monkeypatch.chdir(tmp_path.parent)
-    examples = load_examples(str(tmp_path / "out" / "train.jsonl"))
+    with pytest.raises(DataError, match=f"lies outside of(?s:.*)--allowed_folders {gqa[0]['images']}$"):
+        load_examples(str(tmp_path / "out" / "train.jsonl"))
+    examples = load_examples(str(tmp_path / "out" / "train.jsonl"), allowed_folders=[gqa[0]["images"]])
     assert {example["id"]: example["boxes"] for example in examples} == gqa[1] and not examples.skipped
 
 
@@ -332,7 +336,9 @@ def test_pictures_through_a_link(gqa, tmp_path):
     picture.symlink_to(tmp_path / "store" / "blob")
     main(config(gqa, tmp_path / "link" / "out"))
     assert {row["image"] for row in read_lines(tmp_path / "link" / "out")} >= {"../../../gqa/images/0.jpg"}
-    assert len(load_examples(str(tmp_path / "link" / "out" / "train.jsonl"))) == len(gqa[1])
+    assert len(load_examples(str(tmp_path / "link" / "out" / "train.jsonl"), allowed_folders=[str(tmp_path)])) == len(
+        gqa[1]
+    )
 
 
 def test_half_a_character_is_dropped(gqa, tmp_path):

@@ -44,7 +44,7 @@ def test_the_mixture(sources, tmp_path, monkeypatch):
         assert row["image"].startswith("../gqa/images/" if part == "gqa" else "refocus/images/")
         assert (out / row["image"]).is_file()
     monkeypatch.chdir(tmp_path.parent)
-    examples = load_examples(str(out / "train.jsonl"))
+    examples = load_examples(str(out / "train.jsonl"), allowed_folders=[str(tmp_path / "gqa" / "images")])
     assert [example["id"] for example in examples] == [row["id"] for row in rows]
 
 

@@ -84,7 +84,7 @@ def test_rows_and_boxes(folders, tmp_path):
         ],
         1,
     )
-    assert len(load_examples(str(tmp_path / "out" / "train.jsonl"))) == len(expected)
+    assert len(load_examples(str(tmp_path / "out" / "train.jsonl"), allowed_folders=[images])) == len(expected)
     main(VisualCotConfig(**settings, out=str(tmp_path / "one"), num_processes=1))
     assert contents(tmp_path / "one") == contents(tmp_path / "out")
 

@@ -1,0 +1,503 @@
+"""Input from strangers: files that lead elsewhere, that run code, that blow up, or that say two things at once."""
+
+import json
+import os
+import pickle
+import sys
+import threading
+import time
+from pathlib import Path
+
+import datasets
+import pytest
+import torch
+import yaml
+from conftest import GOOD, HEIGHT, WIDTH, write_jsonl
+from PIL import Image
+from safetensors.torch import load_file
+
+import data.pictures
+import loading
+import lora
+from config import LARGEST_FILE, ConfigError, read_config, read_jsonl
+from data.benchmarks import load_benchmark
+from data.examples import DataError, load_examples, load_picture
+from data.rows import open_rows
+from evaluate import EvaluateConfig
+from families import PolicyError
+from loading import load_policy
+from train_rl import Config
+
+# --- paths in a data set ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def outside(folder, tmp_path) -> Path:
+    """A folder beside that of the data, with a picture; the data's folder has links to both."""
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    Image.new("RGB", (WIDTH, HEIGHT), "green").save(outside / "c.png")
+    (folder / "link.png").symlink_to(outside / "c.png")
+    (folder / "folder").symlink_to(outside)
+    (folder / "inner.png").symlink_to(folder / "a.png")
+    return outside
+
+
+LEADING_OUT = [
+    "../outside/c.png",
+    "./../outside/c.png",
+    "x/../../outside/c.png",
+    "{}/c.png",
+    "link.png",
+    "folder/c.png",
+]
+
+
+@pytest.mark.parametrize("kind", ["image", "mask"])
+@pytest.mark.parametrize("path", LEADING_OUT)
+def test_a_path_or_link_out_of_the_datas_folder_is_refused_unless_allowed(folder, outside, path, kind):
+    path = path.format(outside)
+    for row in (GOOD | {kind: path}, GOOD | {kind: {"bytes": None, "path": path}}):
+        data = write_jsonl(folder, row | {"id": "7"}, GOOD)
+        with pytest.raises(DataError, match=f"lies outside of(?s:.*)--allowed_folders {outside}$") as raised:
+            load_examples(data)
+        assert "(id '7')" in str(raised.value) and repr(path) in str(raised.value)
+        assert len(load_examples(data, bad_rows="skip")) == 1
+        for allowed in (outside, outside.parent, "/"):
+            if not path.startswith("x/"):  # there is no folder x
+                assert load_examples(data, allowed_folders=["/nowhere", str(allowed)])[0]["id"] == "7"
+
+
+def test_a_path_that_comes_back_into_the_folder_is_inside(folder, outside, tmp_path, monkeypatch):
+    paths = ["../data/a.png", "./a.png", str(folder / "a.png"), "inner.png", f"{tmp_path}/way/a.png"]
+    (tmp_path / "way").symlink_to(folder)
+    data = write_jsonl(folder, *(GOOD | {"image": path} for path in paths))
+    assert len(load_examples(data)) == len(paths)
+    monkeypatch.chdir(folder)
+    assert len(load_examples("train.jsonl")) == len(paths)
+    assert len(load_examples(f"{tmp_path}/way/train.jsonl")) == len(paths)
+
+
+def test_a_folder_whose_name_begins_alike_is_outside(folder, tmp_path):
+    (tmp_path / "data2").mkdir()
+    Image.new("RGB", (WIDTH, HEIGHT)).save(tmp_path / "data2" / "a.png")
+    with pytest.raises(DataError, match="lies outside of"):
+        load_examples(write_jsonl(folder, GOOD | {"image": "../data2/a.png"}))
+
+
+@pytest.mark.parametrize("address", ["file:///etc/hostname", "http://a.org/b.png", "hf://datasets/a/b@c/d.png",
+                                     "zip://a.png::https://a.org/b.zip", "s3://bucket/a.png"])  # fmt: skip
+@pytest.mark.parametrize("kind", ["image", "mask"])
+def test_an_address_is_no_file_even_where_everything_is_allowed(folder, address, kind):
+    with pytest.raises(DataError, match=f"{kind.replace('image', 'picture')} .* is not a file; save it"):
+        load_examples(write_jsonl(folder, GOOD | {kind: address}), allowed_folders=["/"])
+
+
+def test_parquet_and_saved_tables_are_held_to_it_too(folder, outside):
+    rows = [GOOD | {"image": {"bytes": None, "path": str(outside / "c.png")}}]
+    datasets.Dataset.from_list(rows).to_parquet(folder / "rows.parquet")
+    datasets.Dataset.from_list(rows).save_to_disk(str(folder / "saved"))
+    for table in (folder / "rows.parquet", folder / "saved"):
+        with pytest.raises(DataError, match="lies outside of"):
+            load_examples(str(table))
+        assert len(load_examples(str(table), allowed_folders=[str(outside)])) == 1
+
+
+def test_a_snapshot_of_the_hubs_cache_is_a_data_set(folder, tmp_path):
+    """Its files are links into blobs. A link named blobs that leads anywhere must not open that place."""
+    snapshot = tmp_path / "datasets--a--b" / "snapshots" / "c0ffee"
+    snapshot.mkdir(parents=True)
+    (folder / "a.png").rename(tmp_path / "datasets--a--b" / "picture")
+    (tmp_path / "datasets--a--b" / "blobs").mkdir()
+    (tmp_path / "datasets--a--b" / "picture").rename(tmp_path / "datasets--a--b" / "blobs" / "1f")
+    (snapshot / "a.png").symlink_to("../../blobs/1f")
+    data = write_jsonl(snapshot, GOOD)
+    assert load_examples(data)[0]["image"].getpixel((0, 0)) == (255, 0, 0)
+    (tmp_path / "datasets--a--b" / "blobs").rename(tmp_path / "elsewhere")
+    (tmp_path / "datasets--a--b" / "blobs").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(DataError, match="lies outside of"):
+        load_examples(data)
+
+
+@pytest.mark.parametrize("files", ["../outside/rows.jsonl", "{outside}/rows.jsonl"])
+def test_the_readme_of_a_folder_cannot_lead_out_of_it(folder, outside, files):
+    """`datasets` itself follows data_files wherever they lead."""
+    write_jsonl(outside, GOOD, name="rows.jsonl")
+    files = files.format(outside=outside)
+    (folder / "README.md").write_text(f"---\nconfigs:\n- config_name: default\n  data_files: {files}\n---\n")
+    with pytest.raises(DataError, match="data file .*rows.jsonl'.* lies outside of"):
+        load_examples(str(folder))
+    assert len(open_rows(str(folder), "train", [str(outside)])) == 1
+
+
+def test_code_in_a_folder_of_data_is_not_run(tmp_path):
+    folder = tmp_path / "evil"
+    folder.mkdir()
+    (folder / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    (folder / "evil.pkl").write_bytes(pickle.dumps(Opens(tmp_path / "ran")))
+    with pytest.raises(DataError, match="cannot be loaded"):
+        load_examples(str(folder))
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize(
+    "flags", [["--allowed_folders", "gone"], ["--allowed_folders", "/", "gone", "--data", "mine.jsonl"]]
+)
+def test_allowed_folders_must_exist(flags):
+    with pytest.raises(ConfigError, match="allowed_folders=.*there is no such folder"):
+        read_config(Config, flags)
+
+
+def test_allowed_folders_reach_every_script(tmp_path):
+    for config_class in (Config, EvaluateConfig):
+        config = read_config(config_class, ["--allowed_folders", str(tmp_path), "/"])
+        assert config.data_arguments()["allowed_folders"] == [str(tmp_path), "/"]
+
+
+# --- pictures -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("suffix", ["eps", "png"])
+def test_postscript_is_not_given_to_ghostscript(tmp_path, suffix, monkeypatch):
+    """Pillow reads EPS by running Ghostscript, a programming language, on it, whatever the file is called."""
+    Image.new("RGB", (WIDTH, HEIGHT), "red").save(tmp_path / f"a.{suffix}", "EPS")
+    monkeypatch.setattr("PIL.EpsImagePlugin.Ghostscript", lambda *arguments, **options: pytest.fail("it was run"))
+    with pytest.raises(DataError, match="cannot identify its format; .* PNG, JPEG, WEBP"):
+        load_picture(tmp_path / f"a.{suffix}")
+
+
+@pytest.mark.parametrize(
+    "kind", ["PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "ICO", "TGA", "PCX", "SGI"]
+)
+def test_the_formats_of_photographs_and_drawings_are_read(tmp_path, kind):
+    Image.new("RGB", (32, 32), "blue").save(tmp_path / "a.bin", kind)
+    red, green, blue = load_picture(tmp_path / "a.bin").getpixel((16, 16))
+    assert red < 9 and green < 9 and blue > 246
+
+
+def test_a_pipe_called_picture_does_not_stop_everything(folder):
+    os.mkfifo(folder / "pipe.png")
+    began = time.monotonic()
+    for path in ("pipe.png", "/dev/zero"):
+        with pytest.raises(DataError, match="cannot be read: it is a pipe or a device"):
+            load_examples(write_jsonl(folder, GOOD | {"image": path}), allowed_folders=["/"])
+    assert time.monotonic() - began < 5
+
+
+def test_large_pictures_are_decoded_one_at_a_time(folder, monkeypatch):
+    """Eight threads with a mask of 178 megapixels each, 170 kB on the disk, took several gigabytes."""
+    monkeypatch.setattr(data.pictures, "LARGE", WIDTH * HEIGHT - 1)
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: range(8), raising=False)
+    to_mask, inside, most = data.pictures._to_mask, [], []
+
+    def slow(opened):
+        inside.append(1)
+        most.append((len(inside), threading.active_count()))
+        time.sleep(0.02)
+        found = to_mask(opened)
+        inside.pop()
+        return found
+
+    monkeypatch.setattr(data.pictures, "_to_mask", slow)
+    rows = []
+    for number in range(8):
+        Image.new("L", (WIDTH, HEIGHT), 10 + number).save(folder / f"mask{number}.png")
+        rows.append(GOOD | {"mask": f"mask{number}.png"})
+    assert len(load_examples(write_jsonl(folder, *rows))) == 8
+    assert max(count for count, _ in most) == 1 and max(threads for _, threads in most) > 2
+
+
+def test_the_pictures_of_one_row_are_bounded_together(folder, monkeypatch):
+    monkeypatch.setattr("data.row_checks.MAX_PIXELS_OF_ROW", 3 * WIDTH * HEIGHT)
+    row = {"question": "Which?", "answer": "this", "images": ["a.png"] * 3, "boxes": [[[1, 1, 9, 9]], [], []]}
+    assert len(load_examples(write_jsonl(folder, row))) == 1
+    row |= {"images": ["a.png"] * 4, "boxes": [[[1, 1, 9, 9]], [], [], []]}
+    with pytest.raises(DataError, match="4 pictures of 4800 pixels in all; shrink them to 3600 or less"):
+        load_examples(write_jsonl(folder, row))
+
+
+# --- JSON ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_key_that_is_given_twice_is_named(folder):
+    """Python takes the last one: boxes of one author, silently, over those of another."""
+    line = json.dumps(GOOD)[:-1] + ', "boxes": [[1, 1, 2, 2]]}'
+    for name, text in (("a.jsonl", line), ("a.json", f"[{line}]")):
+        (folder / name).write_text(text)
+        with pytest.raises(DataError, match="not JSON .*key 'boxes' twice in one object"):
+            load_examples(str(folder / name))
+
+
+@pytest.mark.parametrize("line", ["[" * 100_000, "9" * 9000, '{"a": ' * 100_000])
+def test_jsonl_of_other_stages_that_nests_or_counts_without_end_is_named(tmp_path, line):
+    (tmp_path / "rollouts.jsonl").write_text(f"{line}\n{{}}\n")
+    with pytest.raises(ConfigError, match="line 1 is not JSON"):
+        read_jsonl(tmp_path / "rollouts.jsonl")
+
+
+# --- weights and code ---------------------------------------------------------------------------------------------
+
+
+class Opens:
+    """A pickle of this makes a file when it is read."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")
+
+
+def as_pickle(folder: Path, name: str, marker: Path | None = None) -> None:
+    """Replace the safetensors in a folder by a pickle of them that, with a marker, also makes a file."""
+    (file,) = folder.glob("*.safetensors")
+    weights = load_file(file)
+    file.unlink()
+    torch.save({**weights, **({"evil": Opens(marker)} if marker else {})}, folder / name)
+
+
+@pytest.fixture
+def copied(model_folders, tmp_path) -> Path:
+    import shutil
+
+    return Path(shutil.copytree(model_folders["qwen3_vl"], tmp_path / "model"))
+
+
+@pytest.mark.parametrize("harmless", [True, False])
+def test_weights_as_a_pickle_are_refused(copied, tmp_path, harmless):
+    as_pickle(copied, "pytorch_model.bin", None if harmless else tmp_path / "ran")
+    with pytest.raises(PolicyError, match="as safetensors. Pickles can run code .*pytorch_model.bin, convert it"):
+        load_policy(str(copied))
+    settings = json.loads((copied / "config.json").read_text())
+    (copied / "config.json").write_text(json.dumps(settings | {"transformers_weights": "pytorch_model.bin"}))
+    with pytest.raises(PolicyError, match="cannot be loaded"):
+        load_policy(str(copied))
+    assert not (tmp_path / "ran").exists()
+
+
+def test_code_of_a_model_is_not_run(copied, tmp_path):
+    """Neither that of its config, nor of its model class, nor of its processor."""
+    code = f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Evil: pass\n"
+    (copied / "evil.py").write_text(code)
+    classes = {"AutoConfig": "evil.Evil", "AutoModelForImageTextToText": "evil.Evil", "AutoProcessor": "evil.Evil"}
+    classes |= {"AutoTokenizer": ["evil.Evil", "evil.Evil"], "AutoImageProcessor": "evil.Evil"}
+    for name in ("config.json", "processor_config.json", "tokenizer_config.json"):
+        settings = json.loads((copied / name).read_text())
+        (copied / name).write_text(json.dumps(settings | {"auto_map": classes}))
+    try:
+        load_policy(str(copied), lora_rank=0)
+    except PolicyError:
+        pass  # refused is as good as loaded by the library's own classes
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.fixture
+def adapter(policy, tmp_path) -> Path:
+    policy[0].save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
+    return tmp_path / "adapter"
+
+
+@pytest.mark.parametrize("harmless", [True, False])
+def test_an_adapter_as_a_pickle_is_refused(model_folders, adapter, tmp_path, harmless):
+    as_pickle(adapter, "adapter_model.bin", None if harmless else tmp_path / "ran")
+    with pytest.raises(PolicyError, match="holds no adapter_model.safetensors.*Pickles .*convert them"):
+        load_policy(model_folders["qwen3_vl"], adapter=str(adapter))
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("change", [
+    {"megatron_config": {"a": 1}, "megatron_core": "this"},
+    {"peft_type": "PREFIX_TUNING"},
+    {"peft_type": None},
+])  # fmt: skip
+def test_an_adapter_of_another_kind_is_refused(model_folders, adapter, change):
+    """With a megatron_config PEFT imports whatever module the file names."""
+    settings = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps(settings | change))
+    with pytest.raises(PolicyError, match="only LORA without the latter is read"):
+        load_policy(model_folders["qwen3_vl"], adapter=str(adapter))
+    assert "this" not in sys.modules
+
+
+@pytest.mark.parametrize("text", ["", "[]", "[" * 100_000, "{", '{"peft_type": ['])
+def test_an_adapter_config_that_is_no_object_is_named(model_folders, adapter, text):
+    (adapter / "adapter_config.json").write_text(text)
+    with pytest.raises(PolicyError, match="adapter_config.json is not a JSON object"):
+        load_policy(model_folders["qwen3_vl"], adapter=str(adapter))
+
+
+def test_damaged_adapter_weights_are_named(model_folders, adapter):
+    (adapter / "adapter_model.safetensors").write_bytes(b"\xff" * 100)
+    with pytest.raises(PolicyError, match="cannot be put on this model"):
+        load_policy(model_folders["qwen3_vl"], adapter=str(adapter))
+
+
+# --- pinned downloads ---------------------------------------------------------------------------------------------
+
+
+def recorded(monkeypatch, owner, name: str, result, calls: list):
+    """Replace owner.name by a function that notes its arguments and gives `result` (or what it gives for them)."""
+    known = getattr(owner, name)
+
+    def call(*arguments, **options):
+        calls.append((name, arguments, options))
+        return result(known, *arguments, **options) if callable(result) else result
+
+    monkeypatch.setattr(owner, name, call)
+
+
+def test_a_revision_reaches_config_processor_and_weights(model_folders, monkeypatch):
+    calls, folder = [], model_folders["qwen3_vl"]
+
+    def local(known, model, **options):
+        return known(folder, **options | {"revision": None}) if model == "owner/policy" else known(model, **options)
+
+    for owner in (loading.AutoConfig, loading.AutoProcessor, loading.AutoModelForImageTextToText):
+        recorded(monkeypatch, owner, "from_pretrained", local, calls)
+    load_policy("owner/policy", revision="c0ffee", lora_rank=0)
+    asked = [options for _, (model,), options in calls if model == "owner/policy"]
+    assert [(options["revision"], options["trust_remote_code"]) for options in asked] == [("c0ffee", False)] * 3
+    assert asked[-1]["use_safetensors"] is True
+
+
+@pytest.mark.parametrize(("given", "revision"), [("owner/adapter@c0ffee", "c0ffee"), ("owner/adapter", None)])
+def test_an_adapters_revision_is_its_own(model_folders, adapter, monkeypatch, given, revision):
+    calls = []
+    recorded(monkeypatch, __import__("huggingface_hub"), "snapshot_download", str(adapter), calls)
+    load_policy(model_folders["qwen3_vl"], adapter=given, revision="of the model")
+    assert calls == [
+        ("snapshot_download", ("owner/adapter",), {"revision": revision, "allow_patterns": list(lora.ADAPTER_FILES)})
+    ]
+
+
+@pytest.mark.parametrize(("given", "revision"), [("owner/rows@c0ffee", "c0ffee"), ("owner/rows", None)])
+def test_the_revision_of_a_data_set(folder, monkeypatch, given, revision):
+    calls, picture = [], {"bytes": (folder / "a.png").read_bytes(), "path": None}
+    table = datasets.Dataset.from_list([GOOD | {"image": picture}])
+    recorded(monkeypatch, datasets, "load_dataset", table, calls)
+    assert len(load_examples(given, split="test")) == 1
+    assert calls == [("load_dataset", ("owner/rows",), {"split": "test", "revision": revision})]
+
+
+@pytest.mark.parametrize("given", ["owner/rows@", "owner/rows@a@b", "@c0ffee", "../rows@c0ffee"])
+def test_a_revision_that_is_none_is_no_hub_id(given, monkeypatch):
+    recorded(monkeypatch, datasets, "load_dataset", lambda *_, **__: pytest.fail("it was asked for"), [])
+    with pytest.raises(DataError, match="there is no such file or folder.*owner/name@revision"):
+        load_examples(given)
+
+
+def test_the_revision_of_a_benchmark(monkeypatch):
+    calls, rows = [], {"index": [1], "question": ["Q? Options: A: x, B: y"], "image": [None], "answer": ["A"]}
+    recorded(monkeypatch, datasets, "load_dataset", datasets.Dataset.from_dict(rows), calls)
+    with pytest.raises(DataError, match="no picture"):
+        load_benchmark("mmstar", revision="c0ffee")
+    assert calls == [("load_dataset", ("Lin-Chen/MMStar",), {"split": "val", "revision": "c0ffee"})]
+
+
+@pytest.mark.parametrize(
+    ("entry", "fine"), [("mmstar=c0ffee", True), ("mmstar=", False), ("ai2d=x", False), ("x", False)]
+)
+def test_benchmark_revisions_name_benchmarks_that_are_evaluated(entry, fine):
+    flags = ["--benchmarks", "mmstar", "--benchmark_revisions", entry]
+    if fine:
+        assert read_config(EvaluateConfig, flags).benchmark_revisions == [entry]
+    else:
+        with pytest.raises(ConfigError, match="benchmark_revisions=.*give name=revision"):
+            read_config(EvaluateConfig, flags)
+
+
+# --- YAML ---------------------------------------------------------------------------------------------------------
+
+LAUGHS = "a0: &a0 [ha, ha, ha, ha, ha, ha, ha, ha, ha]\n" + "".join(
+    f"a{number}: &a{number} [{', '.join([f'*a{number - 1}'] * 9)}]\n" for number in range(1, 12)
+)
+BAD_YAML = [
+    ("billion laughs", LAUGHS + "data: *a11\n", "aliases"),
+    ("one alias", "model: &a x\ndata: *a\n", "aliases"),
+    ("merge", "<<: &a {model: x}\n", "unknown field '<<'"),
+    ("list that holds itself", "fields: &a [*a]\n", "aliases"),
+    ("Python object", "!!python/object/apply:os.system ['touch ran']\n", "tags"),
+    ("tag of YAML", "max_steps: !!int x\n", "tags"),
+    ("tag without a value", "max_steps: !!timestamp\n", "tags"),
+    ("nested lists", "fields: " + "[" * 100_000, "nested more than 20"),
+    ("nested lists, closed", "fields: " + "[" * 5000 + "]" * 5000, "nested more than 20"),
+    ("nested keys", "{a: " * 100_000, "nested more than 20"),
+    ("nested blocks", "".join(" " * depth + "a:\n" for depth in range(400)), "nested more than 20"),
+    ("too large", "# " + "x" * LARGEST_FILE, "bytes"),
+    ("digits without end", "max_steps: " + "9" * 9000, "max_steps"),
+    ("no such day", "max_steps: 2026-99-99\n", "max_steps"),
+    ("given twice", "beta: 0.1\nseed: 1\nbeta: 0.2\n", "'beta' is given twice"),
+    ("list as a key", "? [a, b]\n: 1\n", "unhashable"),
+    ("list for one value", "max_steps: [1, 2]\n", "max_steps: .*give one value"),
+    ("mapping for one value", "data: {a: b}\n", "data: .*give one value"),
+    ("lists in a list", "fields: [[question=query]]\n", "fields: .*give a list"),
+    ("null in a list", "fields: [null]\n", "fields: .*give a list"),
+    ("empty list", "fields: []\n", "fields: .*give a list"),
+    ("a flag in a list", "fields: [question=query, --model=evil/model]\n", "'--model=evil/model' begins with a dash"),
+    ("half a character", 'system_prompt: "\\ud83d"\n', "half of a character"),
+    ("a zero", 'output_dir: "a\\0b"\n', "leave out the zero"),
+    ("not UTF-8", b"model: \xff\xfe\n", "utf-8"),
+    ("control characters", b"model: \x07\n", "special characters"),
+    ("two documents", "seed: 1\n---\nseed: 2\n", "expected a single document"),
+    ("many unknown fields", "".join(f"x{number}: 1\n" for number in range(4_000)), "and 3980 more unknown fields"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("text", "words"), [pytest.param(*case[1:], id=case[0]) for case in BAD_YAML])
+def test_yaml_that_is_no_settings_is_one_short_message_at_once(tmp_path, text, words, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("run.yaml").write_bytes(text if isinstance(text, bytes) else text.encode())
+    began = time.monotonic()
+    with pytest.raises(ConfigError, match=words) as raised:
+        read_config(Config, ["--config", "run.yaml"])
+    assert time.monotonic() - began < 20 and len(str(raised.value)) < 20_000
+    assert not Path("ran").exists()
+
+
+def test_values_in_yaml_stay_what_is_written(tmp_path):
+    """YAML 1.1 takes 007 for 7, 12:30 for 750, no for False and 1_000 for 1000: not in a field of type text."""
+    (tmp_path / "run.yaml").write_text(
+        "output_dir: 007\nmodel: 12:30\nsystem_prompt: no\nadapter: 1_000\nrevision: 2026-01-01\nresume: yes\n"
+        "\ufefflearning_rate: 1e-5\nmax_steps: 0010\n".replace("\ufeff", ""),
+        encoding="utf-8-sig",
+    )
+    config = read_config(Config, ["--config", str(tmp_path / "run.yaml")])
+    assert (config.output_dir, config.model, config.system_prompt) == ("007", "12:30", "no")
+    assert (config.adapter, config.revision, config.resume) == ("1_000", "2026-01-01", True)
+    assert (config.learning_rate, config.max_steps) == (1e-5, 10)
+
+
+def test_a_quoted_null_is_a_text(tmp_path):
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump({"system_prompt": "null", "adapter": "~", "revision": None}))
+    config = read_config(Config, ["--config", str(tmp_path / "run.yaml")])
+    assert (config.system_prompt, config.adapter, config.revision) == ("null", "~", None)
+
+
+def test_settings_that_are_a_pipe_or_too_long_a_name(tmp_path):
+    for path in (str(tmp_path), "x" * 5000, "a\0b"):
+        with pytest.raises(ConfigError, match="cannot be read as YAML"):
+            read_config(Config, ["--config", path])
+
+
+@pytest.mark.parametrize("name", ["data", "model", "adapter", "output_dir", "eval_data", "allowed_folders", "revision"])
+@pytest.mark.parametrize("value", ["x/" * 3000, "x" * 300, "a\0b", "a\ud83d"])
+def test_a_name_that_no_file_can_have_is_named_first(name, value):
+    """Each was an OSError or a ValueError of the system, with a traceback, at some later place."""
+    for config_class in [Config, EvaluateConfig] if hasattr(EvaluateConfig, name) else [Config]:
+        with pytest.raises(ConfigError, match=f"{name}=.*(so long a name|leave out the zero)"):
+            read_config(config_class, [f"--{name}", value])
+
+
+# What fuzzing found (python tests/fuzz.py config): a traceback each.
+@pytest.mark.parametrize("value", ["39.5", "no_such_package.module", "", ".x"])
+def test_a_tracker_with_a_dot_is_not_looked_for_as_a_module(value):
+    """Looking for os.path imports os: a name with a dot imported any package that is there, or failed."""
+    with pytest.raises(ConfigError, match=f"report_to={value!r}: valid are"):
+        read_config(Config, [f"--report_to={value}"])
+
+
+def test_the_home_of_nobody_is_no_file(model_folders):
+    with pytest.raises(DataError, match="there is no such file or folder"):
+        load_examples("~nobody-of-that-name/rows.jsonl")
+    with pytest.raises(PolicyError, match="is no folder, nor can it be downloaded"):
+        load_policy(model_folders["qwen3_vl"], adapter="~nobody-of-that-name")
