@@ -42,6 +42,7 @@ CASES = {
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["", "checkpointing"])
 @pytest.mark.parametrize("case", CASES)
 def test_log_probs_and_gradients_are_those_of_peft(case, checkpointing, model_folders, examples):
+    torch.manual_seed(0)  # of LoRA's own random half
     options = {"dtype": "float32"} | CASES[case]
     model, processor = load_policy(model_folders["qwen3_vl"], lora_rank=4, **options)
     randomize_adapter(model)
@@ -56,9 +57,9 @@ def test_log_probs_and_gradients_are_those_of_peft(case, checkpointing, model_fo
     expected = logprobs_and_gradients(model, prompt, completions)
     tolerance = {"atol": 0.05, "rtol": 0.05} if half else {"atol": 2e-5, "rtol": 1e-4}
     torch.testing.assert_close(found[0], expected[0], **tolerance)
-    for one, other in zip(found[1], expected[1], strict=True):
-        assert one.dtype == other.dtype == torch.float32
-        assert (one - other).norm() <= (0.1 if half else 1e-4) * other.norm() + 1e-6
+    assert all(one.dtype == torch.float32 for one in (*found[1], *expected[1]))
+    ours, theirs = (torch.cat([part.flatten() for part in parts]) for parts in (found[1], expected[1]))
+    assert (ours - theirs).norm() <= (0.1 if half else 1e-4) * theirs.norm()
 
 
 def test_half_precision_gradients_are_as_near_to_the_exact_ones_as_those_of_peft(model_folders, examples):
