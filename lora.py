@@ -101,14 +101,17 @@ class AddedLora:
 
     @staticmethod
     def merge_safe(module, active_adapter, orig_weight) -> Tensor:
+        """The base layer's weight (out, in) with the adapter's part, as a new tensor; rounded once."""
         return (orig_weight + module.get_delta_weight(active_adapter)).to(orig_weight.dtype)
 
     @staticmethod
     def merge_unsafe(module, active_adapter, orig_weight) -> None:
+        """The same in place."""
         orig_weight.data += module.get_delta_weight(active_adapter)
 
     @staticmethod
     def unmerge(module, active_adapter, orig_weight) -> Tensor:
+        """The weight without the adapter's part again, as a new tensor."""
         return (orig_weight - module.get_delta_weight(active_adapter)).to(orig_weight.dtype)
 
 
