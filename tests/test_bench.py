@@ -65,6 +65,7 @@ def test_a_stopped_sweep_goes_on_where_it_was(tmp_path, monkeypatch):
         return {"seconds": seconds, "tokens_per_second": 1.0, "matrix_speed": 1e9} | memory
 
     monkeypatch.setattr(bench, "measure", measured)
+    monkeypatch.setattr(torch, "set_num_threads", lambda threads: None)  # it would last for the tests that follow
     with pytest.raises(KeyboardInterrupt):
         bench.main(config)
     bench.main(config)
