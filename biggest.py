@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from config import ConfigError
 from data.pictures import picture_size
+from ease import ease_layer
 from evaluate import EXAMPLES_AT_A_TIME
 from grpo import grpo_loss
 from packing import split_by_tokens
@@ -65,7 +66,7 @@ def side_by_side(group_tokens: int, num_groups: int, sampling_tokens: int) -> in
 
 def evaluated_side_by_side(prompt_tokens: int, config, is_packed: bool) -> tuple[int, int]:
     """(prompts that an evaluation has in memory, how many of them share a cache); (0, 0) where there is none."""
-    if not config.eval_data and config.data != "scenes":
+    if config.eval_data == "none" or (not config.eval_data and config.data != "scenes"):
         return 0, 0
     in_all = min(EXAMPLES_AT_A_TIME, config.eval_limit or EXAMPLES_AT_A_TIME)
     return in_all, side_by_side(prompt_tokens + config.max_new_tokens, in_all, config.sampling_tokens * is_packed)
@@ -109,10 +110,12 @@ def run_group(model, processor, example: dict, groups: int, config) -> None:
     if config.beta:
         with torch.no_grad(), evaluating(model), model.disable_adapter():
             reference = group_logprobs(model, group.prompt, group.completions, temperature=config.temperature)
-    statistics = group_statistics(model, group, config)
+    statistics = group_statistics(model, group, config, ease_layer(model) if config.ease_weight else None)
     advantages = torch.linspace(-1, 1, G)
     options = {name: getattr(config, name) for name in ("beta", "clip_low", "clip_high", "loss_type", "max_new_tokens")}
     loss, _ = grpo_loss(statistics.logps, statistics.detached().logps, reference, advantages, **options)
+    if config.ease_weight:
+        loss = loss + config.ease_weight * statistics.maps.sum()
     loss.backward()
     del moments
 

@@ -29,6 +29,7 @@ from biggest import try_biggest
 from checkpoint import keep_steps_until, load_state, open_run, save_adapter, save_checkpoint
 from config import ConfigError, PolicyConfig, SamplingConfig, at_least, option, run_command
 from data.examples import load_examples
+from ease import ease_layer, ease_loss, target_map
 from evaluate import evaluate_shared, format_table, report, with_nan, without_nan
 from grpo import LOSS_TYPES, group_advantages, grpo_loss
 from metrics import StageClock, group_metrics, step_metrics
@@ -56,6 +57,7 @@ class Config(RewardConfig, SamplingConfig, PolicyConfig):
     clip_low: float = option(0.2, "A probability ratio below 1 - clip_low is clipped.")
     clip_high: float = option(0.2, "A probability ratio above 1 + clip_high is clipped.")
     beta: float = option(1e-3, "Weight of the k3 KL term to the base model; 0 leaves it out.")
+    ease_weight: float = option(0.0, "Weight of EASE's attention loss on good completions (its paper: 1e-3).")
     optimizer: str = option("adamw", "AdamW of torch, or of bitsandbytes with 8-bit paged state.", OPTIMIZERS)
     learning_rate: float = option(2e-4, "AdamW's peak learning rate; large models want less (the paper: 5e-6).")
     lr_scheduler: str = option("constant_with_warmup", "Schedule of transformers.", SCHEDULERS)
@@ -72,7 +74,7 @@ class Config(RewardConfig, SamplingConfig, PolicyConfig):
     save_steps: int = option(50, "Steps between checkpoints.")
     resume: bool = option(False, "Go on from the newest checkpoint of output_dir.")
     eval_data: str | None = option(
-        None, "Evaluated before and after; none by default, scenes:heldout when data is scenes."
+        None, "Evaluated before and after, or none; by default none, but scenes:heldout when data is scenes."
     )
     eval_split: str = option("test", "Split of eval_data, where it has several.")
     eval_limit: int | None = option(512, "Evaluate on the first so many examples of eval_data.")
@@ -89,14 +91,19 @@ class Config(RewardConfig, SamplingConfig, PolicyConfig):
             )
         found += at_least(self, 1, "max_steps", "groups_per_step", "num_iterations", "save_steps", "eval_limit")
         found += at_least(self, 1, "lora_rank", "lora_alpha", "max_skipped_steps")
-        found += at_least(self, 0, "beta", "clip_low", "clip_high", "warmup_steps", "weight_decay")
+        found += at_least(self, 0, "beta", "ease_weight", "clip_low", "clip_high", "warmup_steps", "weight_decay")
         for name in ("learning_rate", "max_grad_norm", "memory_gb"):
             if getattr(self, name) is not None and getattr(self, name) <= 0:
                 found.append(f"{name}={getattr(self, name)}: give more than 0")
         if self.report_to in ("tensorboard", "wandb") and find_spec(self.report_to) is None:
             found.append(f"report_to={self.report_to!r} is not installed: pip install {self.report_to}, or give none")
         if not any(getattr(self, f"{name}_weight") for name in COMPONENTS):
-            found.append("attention_weight, format_weight and accuracy_weight are all 0: nothing would be rewarded")
+            found.append(f"{', '.join(f'{name}_weight' for name in COMPONENTS)} are all 0: nothing would be rewarded")
+        if self.ease_weight and self.num_iterations > 1:
+            found.append(
+                f"ease_weight={self.ease_weight} with num_iterations={self.num_iterations}: give 1; the loss is taken "
+                "on the policy that sampled"
+            )
         return found
 
 
@@ -167,12 +174,13 @@ def train_step(model, processor, optimizer, examples, step: int, config: Config,
     num_items = accelerator.reduce(completion_tokens.sum().to(device), "sum").item() / accelerator.num_processes
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     scores, advantages, rows, skipped = [], [], [], []
+    map_layer = ease_layer(model) if config.ease_weight else None
     with clock.stage("update", device):
         for iteration in range(config.num_iterations):
             rows, norms = [], []
             for number, (group, reference) in enumerate(zip(groups, references, strict=True)):
                 if iteration == 0:  # still the policy that sampled: one forward gives the rewards and the loss
-                    statistics = group_statistics(model, group, config)
+                    statistics = group_statistics(model, group, config, map_layer)
                     group.statistics, logps = statistics.detached(), statistics.logps
                     scores.append(score_statistics(group, config))
                     advantages.append(group_advantages(scores[number]["total"], config.advantage_scale))
@@ -190,6 +198,9 @@ def train_step(model, processor, optimizer, examples, step: int, config: Config,
                     max_new_tokens=config.max_new_tokens,
                     num_items=num_items / groups_here,  # the loss is divided by groups_here below, for all types alike
                 )
+                if config.ease_weight:
+                    ease = ease_loss(statistics.maps, target_map(processor, group.example), scores[number]["total"])
+                    loss, stats = loss + config.ease_weight * ease, stats | {"ease": ease.item()}
                 scaler.scale(loss / groups_here).backward()
                 norms.append(torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]))
                 metrics = group_metrics(group, scores[number], advantages[number], config)
@@ -254,9 +265,9 @@ def main(config: Config) -> None:
         )
     set_seed(config.seed)
     examples = load_examples(config.data, **config.data_arguments(), require_boxes=config.attention_weight > 0)
-    eval_data = config.eval_data or ("scenes:heldout" if config.data == "scenes" else None)
+    eval_data = config.eval_data or ("scenes:heldout" if config.data == "scenes" else "none")
     arguments = config.data_arguments() | {"split": config.eval_split, "limit": config.eval_limit}
-    held_out = eval_data and load_examples(eval_data, **arguments, require_boxes=False)
+    held_out = None if eval_data == "none" else load_examples(eval_data, **arguments, require_boxes=False)
     arguments = config.policy_arguments(config.lora_rank)
     if checkpoint:
         arguments["adapter"] = str(checkpoint / "adapter")

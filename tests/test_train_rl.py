@@ -151,15 +151,15 @@ def test_advantage_shares_say_which_reward_drives_the_group():
     group = Group({}, None, completions, ["", ""], [True, False], statistics)
 
     def shares(attention, accuracy):
-        scores = {"attention": attention, "format": torch.ones(2), "accuracy": accuracy}
+        scores = dict.fromkeys(COMPONENTS, torch.ones(2)) | {"attention": attention, "accuracy": accuracy}
         scores["total"] = sum(scores.values())
         scores |= {"tas": torch.tensor([0.5, math.nan])}
         return step_metrics([group_metrics(group, scores, group_advantages(scores["total"]), config)])
 
     half = shares(torch.tensor([0.0, 1.0]), torch.tensor([0.0, 1.0]))
-    assert [half[f"advantage_share/{name}"] for name in COMPONENTS] == pytest.approx([0.5, 0.0, 0.5])
+    assert [half[f"advantage_share/{name}"] for name in COMPONENTS] == pytest.approx([0.5, 0, 0.5, 0, 0])
     alone = shares(torch.tensor([0.1, 0.4]), torch.tensor([1.0, 1.0]))
-    assert [alone[f"advantage_share/{name}"] for name in COMPONENTS] == pytest.approx([1.0, 0.0, 0.0])
+    assert [alone[f"advantage_share/{name}"] for name in COMPONENTS] == pytest.approx([1, 0, 0, 0, 0])
     nothing = shares(torch.ones(2), torch.ones(2))
     assert nothing["zero_advantage_groups"] == 1 and nothing["advantage_share/attention"] == 0
     assert half["reward/tas"] == 0.5 and half["entropy"] == 2.0
