@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo")
+LARGEST_BETA = 10.0  # of adapted_beta: beside it, no reward is heard
 LARGEST_EXPONENT = 20.0  # e^20 is 5e8: far beyond any ratio that training can use, and far from the end of float32
 
 
@@ -38,6 +39,22 @@ def finite_exp(exponent: Tensor) -> Tensor:
     """
     bounded = exponent.clamp(max=LARGEST_EXPONENT)
     return bounded.exp() * (1 + (exponent - bounded))
+
+
+def adapted_beta(beta: float, kl: float | None, kl_target: float | None, smallest: float) -> float:
+    """The next step's beta: twice as much above 1.5 KL targets, half as much below 2/3 of one (PPO, arXiv 1707.06347).
+
+    Example: at a target of 0.05, beta 1e-3 becomes 2e-3 after a step with a KL of 0.08.
+
+    Args:
+        kl: of the step, nats per token; None, of a step that has no number, changes nothing. kl_target: None to keep
+            beta. smallest: what beta never falls below, so that it need not be found again when KL rises.
+    """
+    if kl_target is None or kl is None:
+        return beta
+    if kl > 1.5 * kl_target:
+        return min(2 * beta, LARGEST_BETA)
+    return max(beta / 2, smallest) if kl < kl_target / 1.5 else beta
 
 
 def grpo_loss(

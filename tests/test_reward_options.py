@@ -14,6 +14,7 @@ from PIL import Image
 
 from config import ConfigError, read_config
 from ease import ease_layer, ease_loss, target_map
+from grpo import adapted_beta
 from prompts import base_model, encode_prompt, token_cells
 from reward import (
     COMPONENTS,
@@ -257,6 +258,25 @@ def test_a_step_with_the_loss_moves_attention_to_the_boxes(model_folders, exampl
     ]
     values = [row["ease"] for row in rows]
     assert all(value > 0 for value in values) and np.mean(values[-5:]) < 0.8 * np.mean(values[:5]), values
+
+
+# --- KL target ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("beta", "kl", "target", "expected", "reason"),
+    [
+        (1e-3, 0.08, 0.05, 2e-3, "above 1.5 targets"),
+        (1e-3, 0.07, 0.05, 1e-3, "near the target nothing changes"),
+        (4e-3, 0.03, 0.05, 2e-3, "below two thirds of it"),
+        (1e-3, 0.0, 0.05, 1e-3, "never below the beta of the settings"),
+        (8.0, 9.0, 0.05, 10.0, "never above 10"),
+        (1e-3, 9.0, None, 1e-3, "no target"),
+        (1e-3, None, 0.05, 1e-3, "a step without a number"),
+    ],
+)
+def test_beta_follows_the_kl_target(beta, kl, target, expected, reason):
+    assert adapted_beta(beta, kl, target, smallest=1e-3) == pytest.approx(expected), reason
 
 
 # --- settings -----------------------------------------------------------------------------------------------------
