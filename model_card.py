@@ -27,12 +27,6 @@ ALWAYS_SHOWN = (
     "seed",
 )
 NEVER_SHOWN = ("output_dir", "regions_folder", "resume", "report_to", "system_prompt")  # the last has its own place
-    "output_dir",
-    "regions_folder",
-    "resume",
-    "report_to",
-    "system_prompt",
-)  # the last one has a place of its own
 
 CARD = """# {title}
 

@@ -182,15 +182,18 @@ def attention_regions(model, processor, examples: Examples, indices: Iterable[in
     state, settings = PartialState(), region_settings(model, config)
     path, layers = store_path(config, settings), settings["region_layers"]
     stored = stored_regions(path, settings)
-    names = {index: fingerprint(examples.peek(index)) for index in sorted(set(indices))}
+    names, identifiers = {}, {}
+    for index in tqdm(sorted(set(indices)), desc="pictures", disable=None, leave=False, delay=5):
+        row = examples.peek(index)
+        names[index], identifiers[index] = fingerprint(row), row["id"]
     missing = [index for index, name in names.items() if name not in stored]
     state.wait_for_everyone()  # every process has read the file before one of them goes on writing it
     if missing and state.is_main_process:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.with_suffix(".settings.json").write_text(json.dumps(settings, indent=1, ensure_ascii=False), "utf-8")
         _drop_cut_line(path)
-        ids = {row["id"]: row["example"] for row in stored.values()}
-        changed = [examples.peek(index)["id"] for index in missing if examples.peek(index)["id"] in ids]
+        known = {row["id"] for row in stored.values()}
+        changed = [identifiers[index] for index in missing if identifiers[index] in known]
         if changed:
             print(f"{path}: {len(changed)} examples changed, the first is {changed[0]!r}; computed again")
     progress = tqdm(
@@ -221,7 +224,7 @@ def attention_regions(model, processor, examples: Examples, indices: Iterable[in
     progress.close()
     if state.is_main_process:
         print(f"regions of {len(names)} examples, {len(missing)} of them computed now: {path}")
-    return WithRegions(examples, {examples.peek(index)["id"]: stored[name]["boxes"] for index, name in names.items()})
+    return WithRegions(examples, {identifiers[index]: stored[name]["boxes"] for index, name in names.items()})
 
 
 def _base(model):
