@@ -129,13 +129,13 @@ def choose_cells(values: Tensor, share: float) -> Tensor:
 
 def merge_cells(cells: Tensor) -> list[list[float]]:
     """Some cells (k, 4) of a grid as few boxes of the same union: runs in a row, then equal runs below each other."""
-    boxes = [[round(number, 2) for number in cell] for cell in cells.tolist()]
+    boxes = [[round(number, 1) for number in cell] for cell in cells.tolist()]
     for low in (0, 1):
         merged: list[list[float]] = []
         for box in sorted(boxes, key=lambda box: (box[1 - low], box[3 - low], box[low])):
             last = merged[-1] if merged else None
             same_line = last and (last[1 - low], last[3 - low]) == (box[1 - low], box[3 - low])
-            if same_line and math.isclose(last[low + 2], box[low], abs_tol=0.02):
+            if same_line and math.isclose(last[low + 2], box[low], abs_tol=0.05):
                 last[low + 2] = box[low + 2]
             else:
                 merged.append(box)
