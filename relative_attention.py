@@ -19,7 +19,7 @@ from torch import Tensor
 
 from families import PolicyError
 from loading import eos_token_ids
-from prompts import Prompt, encode_prompt, example_images, token_cells
+from prompts import LARGE_PICTURE, Prompt, encode_prompt, example_images, token_cells
 from report import joined_cells
 from vlm import attention_maps
 
@@ -111,9 +111,22 @@ def per_picture(processor, images: Sequence[Image.Image], asked: Tensor, generic
         below = (high - low).clamp(min=0).prod(-1) / areas[is_tile, None]  # share of a cell below a thumbnail's
         densities = [attention[:, own] / areas for attention in (asked, generic)]  # (L, N)
         on_tiles = [density[:, is_tile] + density[:, ~is_tile] @ below.T for density in densities]
-        joined = torch.from_numpy(joined_cells(cells[is_tile].numpy()))
-        maps.append(PictureMap(joined, is_tile, *on_tiles))
+        maps.append(PictureMap(without_seams(cells[is_tile], image.size), is_tile, *on_tiles))
     return maps
+
+
+def without_seams(cells: Tensor, size: tuple[int, int]) -> Tensor:
+    """Cells (n, 4) that lie side by side in a picture of (width, height), with edges that meet equal: (n, 4).
+
+    In a large picture token_cells is coarser than its cells may be; there they are taken for a grid of equal ones.
+    """
+    if size[0] * size[1] <= LARGE_PICTURE:
+        return torch.from_numpy(joined_cells(cells.numpy()))
+    height = (cells[:, 3] - cells[:, 1]).median()
+    columns = int(((cells[:, 1] - cells[:, 1].min()).abs() < height / 2).sum())
+    side = torch.tensor(size) / torch.tensor([columns, len(cells) // columns])  # (2,)
+    corner = ((cells[:, :2] + cells[:, 2:]) / 2 / side).floor() * side  # (n, 2)
+    return torch.cat([corner, corner + side], dim=1)
 
 
 def choose_cells(values: Tensor, share: float) -> Tensor:

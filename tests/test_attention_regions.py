@@ -22,6 +22,7 @@ from config import ConfigError, read_config
 from data import attention_regions as regions
 from data.attention_regions import AttentionRegionsConfig, WithRegions, attention_regions, measure_regions
 from data.examples import load_examples
+from loading import load_processor
 from prompts import encode_prompt, prompt_text, region_coverage
 from relative_attention import (
     GENERIC_QUESTION,
@@ -427,3 +428,16 @@ def test_a_prompt_of_an_example_has_its_region(policy, tmp_path):
     coverage = encode_prompt(policy[1], found[1]).coverage
     assert torch.equal(coverage, region_coverage(policy[1], data[1]["images"], found[1]["boxes"]))
     assert coverage.mean().item() == pytest.approx(0.2, abs=0.05)
+
+
+def test_cells_of_a_large_picture_are_as_exact_as_those_of_others(model_folders):
+    """Their places came in 256 steps: boxes of cells missed up to two thirds of them, and were never merged."""
+    _, processor = load_processor(model_folders["qwen3_vl"], max_pixels=1_500_000)
+    picture = Image.new("RGB", (8500, 1000))
+    count = len(region_coverage(processor, [picture], []))
+    (one,) = per_picture(processor, [picture], torch.zeros(0, count), torch.zeros(0, count))
+    chosen = torch.rand(count, generator=torch.Generator().manual_seed(1)) < 0.5
+    boxes = merge_cells(one.cells[chosen])
+    coverage = region_coverage(processor, [picture], boxes)
+    assert count > 1000 and coverage[chosen].min() > 0.9 and coverage[~chosen].max() < 0.1
+    assert len(merge_cells(one.cells)) == 1
