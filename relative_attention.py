@@ -17,14 +17,13 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from families import PolicyError
+from families import PolicyError, pictures_of
 from loading import eos_token_ids
 from prompts import LARGE_PICTURE, Prompt, encode_prompt, example_images, token_cells
 from report import joined_cells
 from vlm import attention_maps
 
 GENERIC_QUESTION = "Write a general description of the image."  # the paper's own
-LARGER = 1.5  # a cell of more than so many times the usual area belongs to a thumbnail
 EPS = 1e-12  # attention that is divided by: a millionth of what a token has when a million share it
 
 
@@ -105,7 +104,7 @@ def per_picture(processor, images: Sequence[Image.Image], asked: Tensor, generic
         own = slice(start, start + len(cells))
         start += len(cells)
         areas = (cells[:, 2:] - cells[:, :2]).prod(-1)  # (N,)
-        is_tile = areas <= LARGER * areas.median()
+        is_tile = torch.arange(len(cells)) < len(cells) - _thumbnail_tokens(processor, len(cells))  # (N,)
         low = torch.maximum(cells[is_tile, None, :2], cells[None, ~is_tile, :2])  # (n, N - n, 2)
         high = torch.minimum(cells[is_tile, None, 2:], cells[None, ~is_tile, 2:])
         below = (high - low).clamp(min=0).prod(-1) / areas[is_tile, None]  # share of a cell below a thumbnail's
@@ -113,6 +112,13 @@ def per_picture(processor, images: Sequence[Image.Image], asked: Tensor, generic
         on_tiles = [density[:, is_tile] + density[:, ~is_tile] @ below.T for density in densities]
         maps.append(PictureMap(without_seams(cells[is_tile], image.size), is_tile, *on_tiles))
     return maps
+
+
+def _thumbnail_tokens(processor, num_tokens: int) -> int:
+    """How many of a picture's tokens, the last of them, show all of it again: one tile's, where it has several."""
+    attribute = getattr(pictures_of(processor), "tokens_per_tile", None)
+    tokens_per_tile = getattr(processor, attribute) if attribute else num_tokens
+    return tokens_per_tile if num_tokens > tokens_per_tile else 0
 
 
 def without_seams(cells: Tensor, size: tuple[int, int]) -> Tensor:
