@@ -15,7 +15,7 @@ import yaml
 from config import ConfigError, read_jsonl
 
 MAY_CHANGE = ("max_steps", "save_steps", "resume", "report_to", "sampling_tokens", "output_dir", "max_skipped_steps")
-MAY_CHANGE += ("plan", "memory_gb", "try_biggest", "allowed_folders")
+MAY_CHANGE += ("plan", "memory_gb", "try_biggest", "allowed_folders", "regions_folder")
 
 
 def save_adapter(model, folder: Path) -> None:

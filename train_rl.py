@@ -28,6 +28,7 @@ from tqdm import tqdm
 from biggest import try_biggest
 from checkpoint import keep_steps_until, load_state, open_run, save_adapter, save_checkpoint
 from config import ConfigError, PolicyConfig, SamplingConfig, at_least, option, run_command
+from data.attention_regions import RegionsConfig, attention_regions
 from data.examples import load_examples
 from ease import ease_layer, ease_loss, target_map
 from evaluate import evaluate_shared, format_table, report, with_nan, without_nan
@@ -45,9 +46,12 @@ SCHEDULERS = ("constant", "constant_with_warmup", "linear", "cosine")
 
 
 @dataclass
-class Config(RewardConfig, SamplingConfig, PolicyConfig):
+class Config(RegionsConfig, RewardConfig, SamplingConfig, PolicyConfig):
     """Train a multimodal LLM with GRPO, an attention reward, a format reward and an accuracy reward."""
 
+    regions: str = option(
+        "boxes", "Rewarded regions: the data's own, or made of the base model's attention.", ("boxes", "attention")
+    )
     output_dir: str = option("runs/sayo", "Folder of the run: config, metrics, samples, checkpoints, adapter, curves.")
     max_steps: int = option(100, "Optimizer steps of groups_per_step groups each.")
     groups_per_step: int = option(8, "Prompts per step, over all processes; gradients add up over their groups.")
@@ -264,7 +268,9 @@ def main(config: Config) -> None:
             f"{accelerator.num_processes}: give one"
         )
     set_seed(config.seed)
-    examples = load_examples(config.data, **config.data_arguments(), require_boxes=config.attention_weight > 0)
+    rewards_regions = config.attention_weight or config.region_weight or config.ease_weight
+    needs_boxes = bool(rewards_regions) and config.regions == "boxes"
+    examples = load_examples(config.data, **config.data_arguments(), require_boxes=needs_boxes)
     eval_data = config.eval_data or ("scenes:heldout" if config.data == "scenes" else "none")
     arguments = config.data_arguments() | {"split": config.eval_split, "limit": config.eval_limit}
     held_out = None if eval_data == "none" else load_examples(eval_data, **arguments, require_boxes=False)
@@ -277,6 +283,10 @@ def main(config: Config) -> None:
     resolve_layers(model, config.attention_layers)
     for data in filter(None, (examples, held_out)):
         check_prompts(model, processor, data, config, config.max_new_tokens)
+    if config.regions == "attention":  # held-out data keeps its own: TAS is measured against those
+        positions = range(config.max_steps * config.groups_per_step)
+        used = {example_index(config.seed, position, len(examples)) for position in positions}
+        examples = attention_regions(model, processor, examples, used, config)
     if config.gradient_checkpointing:
         base_model(model).activation_checkpointing_enable({"use_reentrant": False})
     model.train(config.gradient_checkpointing)  # eval mode where training mode is not needed: no dropout anywhere
