@@ -1,21 +1,102 @@
-"""Checkpoints of a run: written aside and then renamed, so that a folder that is there is whole.
+"""Checkpoints of a run: written aside, sealed, then renamed; one that is there is whole, or is seen not to be.
 
-A checkpoint holds the adapter, the optimizer, the schedule and the loss scale. Nothing else is needed: the order of
-the data and every random number are functions of (seed, step).
+A checkpoint holds the adapter, the optimizer, the schedule, the loss scale and the count of skipped steps. Nothing else
+is needed: the order of the data and every random number are functions of (seed, step).
+
+A rename alone would do for a killed process. After a power cut a file system may remember the rename and not what was
+in the files; so they are synced first, and a manifest of sizes and SHA-256, written last, says what must be there.
 """
 
+import hashlib
+import json
 import os
+import re
 import shutil
-from dataclasses import asdict
+from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import torch
-import yaml
 
-from config import ConfigError, read_jsonl
+from config import read_jsonl
 
-MAY_CHANGE = ("max_steps", "save_steps", "resume", "report_to", "sampling_tokens", "output_dir", "max_skipped_steps")
-MAY_CHANGE += ("plan", "memory_gb", "try_biggest", "allowed_folders", "regions_folder")
+MANIFEST, PARTIAL, NAME = "manifest.json", ".partial", re.compile("step-[0-9]{6,}")
+NEEDED = {"state.pt", "adapter/adapter_config.json", "adapter/adapter_model.safetensors"}
+
+
+# --- files that are there whole or not at all -------------------------------------------------------------------
+
+
+def sync(path: Path) -> None:
+    """Have a file, or the names in a folder, written to the disk itself."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def sync_names(folder: Path) -> None:
+    """Have the names in a folder written to the disk. Some file systems cannot, and are not worse off than before."""
+    with suppress(OSError):
+        sync(folder)
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file aside and rename it, so that it is never there in part."""
+    aside = path.with_name(path.name + PARTIAL)
+    aside.write_text(text, encoding="utf-8", newline="")
+    sync(aside)
+    aside.replace(path)
+    sync_names(path.parent)
+
+
+def put_in_place(aside: Path, final: Path) -> None:
+    """Rename a folder; one that has the name already steps aside first, and goes when the new one stands."""
+    for path in sorted(aside.rglob("*")):
+        sync(path) if path.is_file() else sync_names(path)
+    sync_names(aside)
+    former = final.with_name(f"{final.name}.former{PARTIAL}")
+    if final.exists():
+        remove(former)
+        final.rename(former)
+    aside.rename(final)
+    sync_names(final.parent)
+    remove(former)
+
+
+def stored_json(path: Path):
+    """What a JSON file holds; None when there is none, or it is damaged."""
+    with suppress(OSError, ValueError, RecursionError):
+        return json.loads(path.read_text(encoding="utf-8"))
+    return None
+
+
+def remove(path: Path) -> None:
+    """Delete a file, or a folder with all that is in it; what is not there is fine."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def remove_leftovers(output_dir: Path) -> None:
+    """Delete what was being written when a run was killed."""
+    for pattern in (f"*{PARTIAL}", f"*{PARTIAL}.*", f"adapter/*{PARTIAL}", f"checkpoints/*{PARTIAL}"):
+        for path in output_dir.glob(pattern):
+            remove(path)
+
+
+def keep_steps_until(path: Path, last_step: int) -> list[int]:
+    """Drop the rows of a JSONL file behind last_step, the steps that a resumed run does again; the steps that stay."""
+    if not path.exists():
+        return []
+    kept = [(line + "\n", row["step"]) for line, row in read_jsonl(path) if row["step"] <= last_step]
+    write_whole(path, "".join(line for line, _ in kept))
+    return [step for _, step in kept]
+
+
+# --- one checkpoint ---------------------------------------------------------------------------------------------
 
 
 def save_adapter(model, folder: Path) -> None:
@@ -24,23 +105,79 @@ def save_adapter(model, folder: Path) -> None:
     (folder / "README.md").unlink(missing_ok=True)
 
 
-def save_checkpoint(output_dir: Path, step: int, model, optimizer, scheduler, scaler) -> Path:
-    """Write checkpoints/step-000100 and return its path."""
+def save_final_adapter(output_dir: Path, model) -> None:
+    """Write adapter/ of a run, without its card; errors as in save_checkpoint."""
+    aside = output_dir / f"adapter{PARTIAL}"
+    remove(aside)
+    try:
+        save_adapter(model, aside)
+        put_in_place(aside, output_dir / "adapter")
+    finally:
+        remove(aside)
+
+
+def save_checkpoint(output_dir: Path, step: int, model, parts: dict, skipped_in_a_row: int = 0) -> Path:
+    """Write checkpoints/step-000100 and return its path. One of that step that is whole stays: it would be the same.
+
+    Args:
+        parts: {"optimizer": ..., "scheduler": ..., "scaler": ...}, each with a state_dict.
+
+    Raises:
+        OSError, RuntimeError, SafetensorError: it could not be written. What was written aside is gone then.
+    """
     final = output_dir / "checkpoints" / f"step-{step:06d}"
-    aside = final.with_name(final.name + ".partial")
-    for stale in (aside, final):
-        shutil.rmtree(stale, ignore_errors=True)
-    save_adapter(model, aside / "adapter")
-    parts = {"optimizer": optimizer, "scheduler": scheduler, "scaler": scaler}
-    torch.save({"step": step} | {name: part.state_dict() for name, part in parts.items()}, aside / "state.pt")
-    aside.rename(final)
+    if damage(final) is None:
+        return final
+    aside = final.with_name(final.name + PARTIAL)
+    remove(aside)
+    try:
+        save_adapter(model, aside / "adapter")
+        state = {"step": step, "skipped_in_a_row": skipped_in_a_row}
+        torch.save(state | {name: part.state_dict() for name, part in parts.items()}, aside / "state.pt")
+        manifest = {"step": step, "files": {name: _seal(aside / name) for name in _files(aside)}}
+        (aside / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+        put_in_place(aside, final)
+    finally:
+        remove(aside)
     return final
 
 
-def newest_checkpoint(output_dir: Path) -> Path | None:
-    """The checkpoint of the latest step, or None."""
-    found = [path for path in output_dir.glob("checkpoints/step-*") if path.suffix != ".partial"]
-    return max(found, default=None, key=step_of)
+def _files(folder: Path) -> list[str]:
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+
+
+def _seal(path: Path) -> list:
+    """[bytes, SHA-256] of a file."""
+    with path.open("rb") as file:
+        return [path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest()]
+
+
+def damage(checkpoint: Path) -> str | None:
+    """Why a checkpoint cannot be used, or None: it is whole. Every byte is read."""
+    if not NAME.fullmatch(checkpoint.name):
+        return "its name is not step- and a number"
+    if not checkpoint.is_dir():
+        return "it is no folder"
+    try:
+        manifest = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
+        if manifest["step"] != step_of(checkpoint):
+            return f"its {MANIFEST} is that of step {manifest['step']!r:.20}"
+        sealed = manifest["files"].items()
+        if lacking := NEEDED - {*manifest["files"]}:
+            return f"its {MANIFEST} lacks {min(lacking)}"
+        for name, (size, digest) in sealed:
+            if not (checkpoint / name).is_file():
+                return f"{name} is missing"
+            found = (checkpoint / name).stat().st_size
+            if found != size:
+                return f"{name} has {found:,} bytes instead of {size:,}"
+            if _seal(checkpoint / name)[1] != digest:
+                return f"{name} has other content than was written (SHA-256)"
+    except FileNotFoundError:
+        return f"{MANIFEST} is missing"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        return f"it cannot be read: {type(error).__name__}: {error}"
+    return None
 
 
 def step_of(checkpoint: Path) -> int:
@@ -48,53 +185,55 @@ def step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.removeprefix("step-"))
 
 
-def load_state(checkpoint: Path, optimizer, scheduler, scaler) -> int:
-    """Give optimizer, schedule and loss scale their saved state; the number of steps that were done."""
+def load_state(checkpoint: Path, parts: dict) -> tuple[int, int]:
+    """Give optimizer, schedule and loss scale their saved state; (steps that were done, skipped ones at their end)."""
     state = torch.load(checkpoint / "state.pt", map_location="cpu", weights_only=True)
-    optimizer.load_state_dict(state["optimizer"])
-    scheduler.load_state_dict(state["scheduler"])
-    scaler.load_state_dict(state["scaler"])
-    return state["step"]
+    for name, part in parts.items():
+        part.load_state_dict(state[name])
+    return state["step"], state["skipped_in_a_row"]
 
 
-def keep_steps_until(path: Path, last_step: int) -> None:
-    """Drop the rows of a JSONL file behind last_step: the steps that a resumed run does again."""
-    if not path.exists():
-        return
-    kept = [line + "\n" for line, row in read_jsonl(path) if row["step"] <= last_step]
-    path.write_text("".join(kept), encoding="utf-8")
+# --- all of them ------------------------------------------------------------------------------------------------
 
 
-def open_run(config) -> Path | None:
-    """The checkpoint to resume from, or None to start at step 0.
+def all_checkpoints(output_dir: Path) -> list[Path]:
+    """What is in the folder of checkpoints but for hidden files and what is being written: by step, then the rest."""
+    found = [path for path in output_dir.glob("checkpoints/*") if path.suffix != PARTIAL and path.name[0] != "."]
+    return sorted(found, key=lambda path: (not NAME.fullmatch(path.name), len(path.name), path.name))
 
-    Raises:
-        ConfigError: output_dir cannot be written to, holds a run that is not to be resumed, or none that could be; or
-            settings that a resumed run must keep are not the same.
-    """
-    output_dir = Path(config.output_dir)
-    existing = next(path for path in (output_dir, *output_dir.absolute().parents) if path.exists())
-    if not existing.is_dir() or not os.access(existing, os.W_OK):
-        raise ConfigError(f"output_dir={config.output_dir!r}: {str(existing)!r} is no folder that can be written to")
-    former = output_dir / "config.yaml"
-    if config.resume and not former.exists():
-        raise ConfigError(f"resume: {config.output_dir!r} holds no run; leave --resume out to start one there")
-    if not config.resume and former.exists():
-        raise ConfigError(
-            f"output_dir={config.output_dir!r} holds a run already: go on with it by --resume, give another "
-            "--output_dir, or delete the folder"
-        )
-    if not config.resume:
-        return None
-    before, now = yaml.safe_load(former.read_text()), asdict(config)
-    changed = [name for name in now if name not in MAY_CHANGE and before.get(name) != now[name]]
-    if changed:
-        listed = "; ".join(f"{name} was {before.get(name)!r}, is {now[name]!r}" for name in changed)
-        raise ConfigError(
-            f"resume: {listed}. A resumed run keeps its settings: give --config {former}, and beside it at most "
-            f"{', '.join(MAY_CHANGE)}"
-        )
-    checkpoint = newest_checkpoint(output_dir)  # None when the run stopped before its first one: it starts again
-    if checkpoint and step_of(checkpoint) > config.max_steps:
-        raise ConfigError(f"max_steps={config.max_steps}: {checkpoint} is further already; give more")
-    return checkpoint
+
+def whole_checkpoint(output_dir: Path) -> tuple[Path | None, list[str]]:
+    """The newest checkpoint that is whole, or None; and a sentence about each one that was passed over."""
+    passed_over = []
+    for path in reversed(all_checkpoints(output_dir)):
+        if (problem := damage(path)) is None:
+            return path, passed_over
+        passed_over.append(f"{path} is skipped: {problem}")
+    return None, passed_over
+
+
+def newest_checkpoint(output_dir: Path) -> Path | None:
+    """The whole checkpoint of the latest step, or None."""
+    return whole_checkpoint(output_dir)[0]
+
+
+def drop_old(output_dir: Path, newest: Path, limit: int | None) -> None:
+    """Delete the oldest checkpoints beyond `limit`, up to `newest`, which was written just now and stays."""
+    steps = [path for path in all_checkpoints(output_dir) if NAME.fullmatch(path.name)]
+    former = [path for path in steps if step_of(path) < step_of(newest)]
+    for path in former[: max(0, len(former) - limit + 1)] if limit else []:
+        aside = path.with_name(path.name + PARTIAL)  # so that one whose deletion is cut short is not called damaged
+        remove(aside)
+        path.rename(aside)
+        remove(aside)
+
+
+def checkpoint_bytes(parameters: Sequence[torch.Tensor], optimizer: str) -> int:
+    """Size of a checkpoint, computed: the trained weights and AdamW's two moments of each, in 32 or 8 bits."""
+    weights = sum(parameter.numel() * parameter.element_size() for parameter in parameters)
+    is_small = 4096  # elements: bitsandbytes holds the moments of such tensors in 32 bits
+    moments = sum(
+        2 * parameter.numel() * (4 if optimizer == "adamw" or parameter.numel() < is_small else 1)
+        for parameter in parameters
+    )
+    return weights + moments + 2048 * len(parameters)  # names and headers

@@ -155,10 +155,14 @@ def read_jsonl(path: Path) -> list[tuple[str, dict]]:
     Raises:
         ConfigError: the file is no text, or a line is not one JSON object.
     """
+    content = Path(path).read_bytes()
     try:
-        lines = Path(path).read_text(encoding="utf-8").split("\n")  # not splitlines: texts may hold other line breaks
+        text = content.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise ConfigError(f"{str(path)!r} is not a text file: {error}") from error
+        if error.reason != "unexpected end of data":  # which is a last line cut off within a character
+            raise ConfigError(f"{str(path)!r} is not a text file: {error}") from error
+        text = content[: error.start].decode("utf-8")
+    lines = text.replace("\r\n", "\n").split("\n")  # not splitlines: texts may hold other line breaks
     rows = []
     for number, line in enumerate(lines, 1):
         try:
@@ -224,6 +228,24 @@ def read_config(config_class: type, arguments: list[str]):
     if found:
         raise ConfigError("\n".join(dict.fromkeys(found)))
     return config
+
+
+def stored_config(path: Path, config_class: type):
+    """The config that a former run wrote to a YAML file; fields that are new since then have their default.
+
+    Only its types are checked: what it names (folders, packages) may be gone by now.
+
+    Raises:
+        ConfigError: the file cannot be read, or does not hold fields of this class.
+    """
+    found: list[str] = []
+    arguments, nulls = _yaml_arguments(path, config_class, found)
+    parser = HfArgumentParser(config_class, allow_abbrev=False)
+    parser.error = found.append
+    values = vars(parser.parse_known_args(arguments)[0]) if not found else {}
+    if found:
+        raise ConfigError(f"{str(path)!r} cannot be what a run wrote: " + "; ".join(found))
+    return config_class(**(values | dict.fromkeys(nulls)))
 
 
 class _FieldLoader(yaml.SafeLoader):

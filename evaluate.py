@@ -30,6 +30,7 @@ from accelerate.utils import gather_object
 from torch.utils.data import Subset
 from tqdm import tqdm
 
+from checkpoint import write_whole
 from config import ConfigError, PolicyConfig, at_least, option, read_jsonl, run_command
 from data.benchmarks import BENCHMARKS, PAPER_NINE, load_benchmark, local_copies, published
 from data.examples import load_examples
@@ -199,11 +200,11 @@ def settings_of(config: EvaluateConfig, policy: str) -> dict:
     for name in ("model", "adapter"):
         folder = Path(config.policy_arguments(0)[name] or "")
         if name in settings and settings[name] and folder.is_dir():
-            settings[f"files of {name}"] = _digest(folder)
+            settings[f"files of {name}"] = digest(folder)
     return settings
 
 
-def _digest(folder: Path) -> str:
+def digest(folder: Path) -> str:
     """A name for what a folder holds: files by their bytes (an adapter's weights, too), those of a GB by their size."""
     found = hashlib.sha256()
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
@@ -241,11 +242,11 @@ def stored_rows(path: Path, settings: dict, questions: dict[str, str]) -> dict[s
             )
     else:
         path.parent.mkdir(parents=True, exist_ok=True)
-        _write_whole(former, json.dumps(settings, indent=1, ensure_ascii=False))
+        write_whole(former, json.dumps(settings, indent=1, ensure_ascii=False))
     if not path.exists():
         return {}
     lines = read_jsonl(path)
-    _write_whole(path, "".join(line + "\n" for line, _ in lines))
+    write_whole(path, "".join(line + "\n" for line, _ in lines))
     rows = {row["id"]: row for row in with_nan([row for _, row in lines]) if row["id"] in questions}
     other = [identifier for identifier, row in rows.items() if row["asked"] != questions[identifier]]
     if other:
@@ -254,13 +255,6 @@ def stored_rows(path: Path, settings: dict, questions: dict[str, str]) -> dict[s
             "changed; give another --output_dir"
         )
     return rows
-
-
-def _write_whole(path: Path, text: str) -> None:
-    """Write a file aside and rename it, so that it is never there in part."""
-    aside = path.with_name(path.name + ".partial")
-    aside.write_text(text, encoding="utf-8")
-    aside.replace(path)
 
 
 def evaluate_missing(model, processor, examples, config, path: Path, done: dict, questions: dict, description) -> dict:
@@ -369,8 +363,8 @@ def _tell(config: EvaluateConfig, rows: dict[str, dict[str, list[dict]]]) -> Non
         whole = result | {"rows": rows["data"]}
     print("\n\n".join(parts) if config.benchmarks else "\n".join(parts))
     if folder := config.folder():
-        _write_whole(folder / "results.json", json.dumps(without_nan(result), indent=1, ensure_ascii=False))
-        _write_whole(folder / "table.txt", "\n\n".join(parts) + "\n")
+        write_whole(folder / "results.json", json.dumps(without_nan(result), indent=1, ensure_ascii=False))
+        write_whole(folder / "table.txt", "\n\n".join(parts) + "\n")
         print(f"-> {folder}")
     if config.json:
         Path(config.json).write_text(json.dumps(without_nan(whole), indent=1, ensure_ascii=False), encoding="utf-8")

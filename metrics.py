@@ -72,3 +72,17 @@ class StageClock:
         return seconds | {
             f"time/{name}_tokens_per_second": self.tokens[name] / value for name, value in self.seconds.items()
         }
+
+
+def show_step(metrics: dict, sample: dict, progress, accelerator) -> None:
+    """Tell the tracker and the terminal about a step."""
+    known = {name: value for name, value in metrics.items() if value is not None and name != "step"}
+    try:
+        accelerator.log(known, step=metrics["step"])
+    except OSError as error:  # a full disk: metrics.jsonl has the same
+        progress.write(f"step {metrics['step']}: the tracker could not be told ({error})")
+    shown = {name: metrics[f"reward/{name}"] for name in ("total", "accuracy", "tas")} | {"kl": metrics["kl"]}
+    progress.set_postfix({name: f"{value:.3f}" for name, value in shown.items() if value is not None}, refresh=False)
+    if "skipped_examples" in sample:
+        names = ", ".join(map(repr, sample["skipped_examples"])) or "their sum"
+        progress.write(f"step {metrics['step']}: update skipped, the gradient is not finite; it began with {names}")

@@ -5,6 +5,7 @@ from dataclasses import MISSING, fields
 from importlib.metadata import version
 from pathlib import Path
 
+from checkpoint import write_whole
 from config import read_jsonl
 from evaluate import METRICS
 from loading import portable_name
@@ -116,7 +117,7 @@ def write_model_card(
         settings="\n".join(f"| `{entry}` | `{value}` |" for entry, value in _settings(config).items()),
         versions=", ".join(f"{package} {version(package)}" for package in ("torch", "transformers", "peft")),
     )
-    ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}").save(Path(output_dir) / "adapter" / "README.md")
+    write_whole(Path(output_dir) / "adapter" / "README.md", str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}")))
 
 
 def place(value: str) -> str:

@@ -74,6 +74,13 @@ def report(before: Sequence[dict], after: Sequence[dict] | None = None, names: S
     return columns
 
 
+def before_and_after(before: Sequence[dict] | None, after: Sequence[dict]) -> dict:
+    """Columns as of report: before, after and difference; after alone where before is not about the same examples."""
+    if before is None or [row["id"] for row in before] != [row["id"] for row in after]:
+        return {"after": summarize(after)}
+    return report(before, after, ("before", "after"))
+
+
 def format_table(columns: dict[str, dict[str, tuple[float, float, float]]]) -> str:
     """Named summaries side by side, one line per metric; metrics that no column knows are left out."""
     lines = [f"{'':12} " + "".join(f"{name:>28}" for name in columns)]

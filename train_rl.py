@@ -13,32 +13,33 @@ import math
 import random
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from importlib.util import find_spec
-from pathlib import Path
 
 import torch
-import yaml
 from accelerate import Accelerator
 from accelerate.utils import gather_object, set_seed
 from torch import Tensor
 from tqdm import tqdm
 
 from biggest import try_biggest
-from checkpoint import keep_steps_until, load_state, open_run, save_adapter, save_checkpoint
+from checkpoint import load_state, save_final_adapter, write_whole
 from config import ConfigError, PolicyConfig, SamplingConfig, at_least, option, run_command
 from data.attention_regions import RegionsConfig, attention_regions
 from data.examples import load_examples
 from ease import ease_layer, ease_loss, target_map
-from evaluate import evaluate_shared, format_table, report, with_nan, without_nan
-from grpo import LOSS_TYPES, group_advantages, grpo_loss
-from metrics import StageClock, group_metrics, step_metrics
+from evaluate import evaluate_shared, format_table, report, without_nan
+from grpo import LOSS_TYPES, AdaptiveBeta, group_advantages, grpo_loss
+from metrics import StageClock, group_metrics, show_step, step_metrics
 from model_card import write_model_card
 from prompts import base_model
 from reward import COMPONENTS, RewardConfig, group_statistics, score_statistics
 from rollout import Group, check_prompts, group_generator, sample_groups
-from visualize import plot_curves
+from run_folder import begin, check_made_from, check_space, former_evaluations, made_from, mark_finished, open_run
+from saving import draw_curves, insist, save, save_for_certain, write_rows
+from stopping import Stopped, StopSignals
+from tables import before_and_after
 from vlm import compute_dtype, evaluating, group_logprobs, load_policy, resolve_layers
 
 OPTIMIZERS = ("adamw", "paged_adamw_8bit")
@@ -61,6 +62,9 @@ class Config(RegionsConfig, RewardConfig, SamplingConfig, PolicyConfig):
     clip_low: float = option(0.2, "A probability ratio below 1 - clip_low is clipped.")
     clip_high: float = option(0.2, "A probability ratio above 1 + clip_high is clipped.")
     beta: float = option(1e-3, "Weight of the k3 KL term to the base model; 0 leaves it out.")
+    kl_target: float | None = option(
+        None, "Double beta when a step's KL, in nats per token, is far above this; halve it when far below."
+    )
     ease_weight: float = option(0.0, "Weight of EASE's attention loss on good completions (its paper: 1e-3).")
     optimizer: str = option("adamw", "AdamW of torch, or of bitsandbytes with 8-bit paged state.", OPTIMIZERS)
     learning_rate: float = option(2e-4, "AdamW's peak learning rate; large models want less (the paper: 5e-6).")
@@ -76,7 +80,8 @@ class Config(RegionsConfig, RewardConfig, SamplingConfig, PolicyConfig):
         False, "Recompute activations in the backward pass: slower, much less memory."
     )
     save_steps: int = option(50, "Steps between checkpoints.")
-    resume: bool = option(False, "Go on from the newest checkpoint of output_dir.")
+    save_total_limit: int | None = option(None, "Keep so many checkpoints, the newest; none keeps all.")
+    resume: bool = option(False, "Go on from the newest whole checkpoint of output_dir; start where there is no run.")
     eval_data: str | None = option(
         None, "Evaluated before and after, or none; by default none, but scenes:heldout when data is scenes."
     )
@@ -94,15 +99,17 @@ class Config(RegionsConfig, RewardConfig, SamplingConfig, PolicyConfig):
                 f"num_generations={self.num_generations}: give 2 or more; advantages compare completions of a group"
             )
         found += at_least(self, 1, "max_steps", "groups_per_step", "num_iterations", "save_steps", "eval_limit")
-        found += at_least(self, 1, "lora_rank", "lora_alpha", "max_skipped_steps")
+        found += at_least(self, 1, "lora_rank", "lora_alpha", "max_skipped_steps", "save_total_limit")
         found += at_least(self, 0, "beta", "ease_weight", "clip_low", "clip_high", "warmup_steps", "weight_decay")
-        for name in ("learning_rate", "max_grad_norm", "memory_gb"):
+        for name in ("learning_rate", "max_grad_norm", "memory_gb", "kl_target"):
             if getattr(self, name) is not None and getattr(self, name) <= 0:
                 found.append(f"{name}={getattr(self, name)}: give more than 0")
         if self.report_to in ("tensorboard", "wandb") and find_spec(self.report_to) is None:
             found.append(f"report_to={self.report_to!r} is not installed: pip install {self.report_to}, or give none")
         if not any(getattr(self, f"{name}_weight") for name in COMPONENTS):
             found.append(f"{', '.join(f'{name}_weight' for name in COMPONENTS)} are all 0: nothing would be rewarded")
+        if self.kl_target and not self.beta:
+            found.append(f"kl_target={self.kl_target} with beta=0.0: give a beta above 0, where it starts (1e-3)")
         if self.ease_weight and self.num_iterations > 1:
             found.append(
                 f"ease_weight={self.ease_weight} with num_iterations={self.num_iterations}: give 1; the loss is taken "
@@ -123,6 +130,12 @@ def example_index(seed: int, position: int, num_examples: int) -> int:
     """Which example stands at a position of the endless stream of shuffled epochs."""
     epoch, place = divmod(position, num_examples)
     return _epoch_order(seed, epoch, num_examples)[place]
+
+
+def step_seed(seed: int, step: int, process: int) -> int:
+    """Seed of Python's, numpy's and torch's own random numbers in a step: nothing here draws from them, but a change
+    of yours may (a dropout, an augmentation), and goes on after a stop all the same."""
+    return random.Random(f"{seed}/step/{step}/{process}").getrandbits(32)
 
 
 # --- one update -------------------------------------------------------------------------------------------------
@@ -258,7 +271,6 @@ def main(config: Config) -> None:
 
         show_plan(config)
         return
-    checkpoint, output_dir = open_run(config), Path(config.output_dir)
     tracker = None if config.report_to == "none" else config.report_to
     # vlm.autocast and the scaler below do the same on every device; Accelerate's own float16 refuses a CPU.
     accelerator = Accelerator(log_with=tracker, project_dir=config.output_dir, mixed_precision="no")
@@ -267,6 +279,14 @@ def main(config: Config) -> None:
             f"groups_per_step={config.groups_per_step} is not a multiple of the number of processes, "
             f"{accelerator.num_processes}: give one"
         )
+    with StopSignals(accelerator.is_main_process) as stop, open_run(config, accelerator) as run:
+        if not run.finished:
+            train(config, accelerator, run, stop)
+
+
+def train(config: Config, accelerator, run, stop) -> None:
+    """A run from load to evaluation, or what a former start of it left to do."""
+    output_dir, main_process = run.folder, accelerator.is_main_process
     set_seed(config.seed)
     rewards_regions = config.attention_weight or config.region_weight or config.ease_weight
     needs_boxes = bool(rewards_regions) and config.regions == "boxes"
@@ -275,8 +295,8 @@ def main(config: Config) -> None:
     arguments = config.data_arguments() | {"split": config.eval_split, "limit": config.eval_limit}
     held_out = None if eval_data == "none" else load_examples(eval_data, **arguments, require_boxes=False)
     arguments = config.policy_arguments(config.lora_rank)
-    if checkpoint:
-        arguments["adapter"] = str(checkpoint / "adapter")
+    if run.checkpoint:
+        arguments["adapter"] = str(run.checkpoint / "adapter")
     model, processor = load_policy(
         **arguments, lora_alpha=config.lora_alpha, lora_targets=config.lora_targets, device=accelerator.device
     )
@@ -294,25 +314,31 @@ def main(config: Config) -> None:
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     settings = {"lr": config.learning_rate, "weight_decay": config.weight_decay}
     optimizer = make_optimizer(config.optimizer, parameters, **settings)
-    accelerator.scaler = torch.amp.GradScaler(accelerator.device.type, enabled=compute_dtype(model) == torch.float16)
+    optimizer.register_step_pre_hook(stop.hold)  # a step is given up before its first update, or finished
+    scaler = torch.amp.GradScaler(accelerator.device.type, enabled=compute_dtype(model) == torch.float16)
+    accelerator.scaler = scaler
     from transformers import get_scheduler  # imports peft and bitsandbytes, which print: not when a script is imported
 
     scheduler = get_scheduler(config.lr_scheduler, optimizer, config.warmup_steps, config.max_steps)
-    start = load_state(checkpoint, optimizer, scheduler, accelerator.scaler) if checkpoint else 0
+    beta = AdaptiveBeta(config.beta, config.kl_target)
+    parts = {"optimizer": optimizer, "scheduler": scheduler, "scaler": scaler, "beta": beta}
+    made = made_from(config, examples, held_out, model, str(compute_dtype(model)), accelerator)
+    notes = check_made_from(run, config, made)
+    start, skipped_in_a_row = load_state(run.checkpoint, parts) if run.checkpoint else (0, 0)
+    notes += check_space(config, run, parameters, start)
+    stop.last_step = start
 
-    main_process = accelerator.is_main_process
     accelerator.wait_for_everyone()  # every process has looked at the folder before one of them fills it
+    before, after = former_evaluations(run, config.max_steps) if held_out else (None, None)
+    accelerator.wait_for_everyone()
     if main_process:
-        output_dir.mkdir(parents=True, exist_ok=True)
-        (output_dir / "config.yaml").write_text(yaml.safe_dump(asdict(config), sort_keys=False))
-        for name in ("metrics.jsonl", "samples.jsonl"):
-            keep_steps_until(output_dir / name, start)
+        begin(run, config, made, start)
         accelerator.init_trackers(
             "sayo", config={k: v for k, v in asdict(config).items() if isinstance(v, int | float | str)}
         )
         print(f"{len(examples)} examples of {config.data}; {sum(p.numel() for p in parameters):,} trained parameters")
-        for message in examples.skipped:
-            print(f"skipped {message}")
+        for message in (*notes, *(f"skipped {message}" for message in examples.skipped)):
+            print(message)
         print(
             "A GRPO loss hovers around zero: advantages of a group add up to zero and the ratio starts at 1, so it is\n"
             "its gradient that counts, not its value. Watch the rewards, TAS, KL and advantage shares instead."
@@ -320,16 +346,14 @@ def main(config: Config) -> None:
 
     accelerator.wait_for_everyone()
 
-    if config.try_biggest:
+    if config.try_biggest and start < config.max_steps:
         try_biggest(model, processor, examples, config, accelerator)
-    before_path, before = output_dir / "evaluation_before.json", None
-    if held_out and not checkpoint:
+    if held_out and before is None and start == 0:
         before = evaluate_shared(model, processor, held_out, config, accelerator, f"before, {eval_data}")
         if main_process:
-            before_path.write_text(json.dumps(without_nan(before)))
+            path, text = output_dir / "evaluation_before.json", json.dumps(without_nan(before))
+            insist(run, path.name, lambda: write_whole(path, text))
             print(format_table({"before": report(before)["base"]}))
-    elif held_out and before_path.exists():
-        before = with_nan(json.loads(before_path.read_text()))
 
     progress = tqdm(
         range(start, config.max_steps),
@@ -338,59 +362,62 @@ def main(config: Config) -> None:
         mininterval=0.1 if sys.stderr.isatty() else 15,
         disable=not main_process,
     )
-    skipped_in_a_row = 0
-    with (
-        open(output_dir / "metrics.jsonl", "a") as metrics_file,
-        open(output_dir / "samples.jsonl", "a") as samples_file,
-    ):
-        for step in progress:
-            metrics, sample = train_step(model, processor, optimizer, examples, step, config, accelerator)
-            metrics = {"step": step + 1, "learning_rate": scheduler.get_last_lr()[0]} | metrics
-            skipped_in_a_row = skipped_in_a_row + 1 if metrics["skipped_updates"] == config.num_iterations else 0
-            if not skipped_in_a_row:
-                scheduler.step()
-            if main_process:
-                metrics_file.write(json.dumps(metrics) + "\n")
-                samples_file.write(json.dumps({"step": step + 1} | sample, ensure_ascii=False) + "\n")
-                metrics_file.flush(), samples_file.flush()
-                known = {name: value for name, value in metrics.items() if value is not None and name != "step"}
-                accelerator.log(known, step=step + 1)
-                shown = {name: metrics[f"reward/{name}"] for name in ("total", "accuracy", "tas")} | {
-                    "kl": metrics["kl"]
-                }
-                progress.set_postfix(
-                    {name: f"{value:.3f}" for name, value in shown.items() if value is not None}, refresh=False
-                )
-                if "skipped_examples" in sample:
-                    names = ", ".join(map(repr, sample["skipped_examples"])) or "their sum"
-                    progress.write(
-                        f"step {step + 1}: update skipped, the gradient is not finite; it began with {names}"
-                    )
-                if (step + 1) % config.save_steps == 0 or step + 1 == config.max_steps:
-                    save_checkpoint(output_dir, step + 1, model, optimizer, scheduler, accelerator.scaler)
-            if skipped_in_a_row == config.max_skipped_steps:
-                raise ConfigError(
-                    f"max_skipped_steps={config.max_skipped_steps}: the gradient was not finite in so many steps in a "
-                    f"row, the last one step {step + 1}; lower learning_rate (now {config.learning_rate}) or give "
-                    "--dtype bfloat16 or float32; the last checkpoint is untouched"
-                )
-
-    columns: dict = {}
-    if main_process:
-        save_adapter(model, output_dir / "adapter")
-        plot_curves(output_dir / "metrics.jsonl", output_dir / "curves.png")
-    if held_out:
-        after = evaluate_shared(model, processor, held_out, config, accelerator, f"after, {eval_data}")
+    is_due = False  # a checkpoint that could not be saved stays so
+    for step in progress:
+        scale = scaler.state_dict()
+        try:
+            with stop.at_once(accelerator.num_processes == 1):
+                set_seed(step_seed(config.seed, step, accelerator.process_index))
+                settings = replace(config, beta=beta.value)
+                metrics, sample = train_step(model, processor, optimizer, examples, step, settings, accelerator)
+        except Stopped:
+            scaler.load_state_dict(scale) if scaler.is_enabled() else None
+            break
+        metrics = {"step": step + 1, "learning_rate": scheduler.get_last_lr()[0], "beta": beta.value} | metrics
+        skipped_in_a_row = skipped_in_a_row + 1 if metrics["skipped_updates"] == config.num_iterations else 0
+        if not skipped_in_a_row:
+            scheduler.step()
+            beta.step(metrics["kl"])
+        stop.last_step = step + 1
+        is_stopping = stop.agreed(accelerator)
+        is_due = is_due or (step + 1) % config.save_steps == 0
         if main_process:
-            comparable = before is not None and [row["id"] for row in before] == [row["id"] for row in after]
-            columns = report(before, after, ("before", "after")) if comparable else {"after": report(after)["base"]}
-            (output_dir / "evaluation.json").write_text(
-                json.dumps(without_nan({"summary": columns, "rows": {"after": after}}))
+            write_rows(run, {"metrics.jsonl": metrics, "samples.jsonl": {"step": step + 1} | sample})
+            show_step(metrics, sample, progress, accelerator)
+            if is_due and step + 1 < config.max_steps and not is_stopping:
+                is_due = not save(run, config, step + 1, model, parts, skipped_in_a_row)
+        if skipped_in_a_row >= config.max_skipped_steps:
+            raise ConfigError(
+                f"max_skipped_steps={config.max_skipped_steps}: the gradient was not finite in so many steps in a "
+                f"row, the last one step {step + 1}; lower learning_rate (now {config.learning_rate}) or give "
+                "--dtype bfloat16 or float32; the last checkpoint is untouched"
             )
+        if is_stopping:
+            break
+    progress.close()
+    if main_process and stop.last_step > start:
+        save_for_certain(run, config, stop.last_step, model, parts, skipped_in_a_row)
+    accelerator.wait_for_everyone()
+    stop.release()
+
+    if main_process:
+        insist(run, "adapter", lambda: save_final_adapter(output_dir, model))
+        insist(run, "curves.png", lambda: draw_curves(output_dir))
+    columns: dict = {}
+    if held_out:
+        if after is None:
+            after = evaluate_shared(model, processor, held_out, config, accelerator, f"after, {eval_data}")
+        columns = before_and_after(before, after)
+    if main_process:
+        if held_out:
+            result = {"step": config.max_steps, "summary": columns, "rows": {"after": after}}
+            text = json.dumps(without_nan(result))
+            insist(run, "evaluation.json", lambda: write_whole(output_dir / "evaluation.json", text))
             print(f"{len(after)} examples of {eval_data}, greedy; mean [95 % bootstrap interval]")
             print(format_table(columns))
-    if main_process:
-        write_model_card(output_dir, config, columns, eval_data, len(held_out or ()), len(examples))
+        card = (output_dir, config, columns, eval_data, len(held_out or ()), len(examples))
+        insist(run, "the model card", lambda: write_model_card(*card))
+        mark_finished(run, config, made)
         print(f"adapter, metrics, samples and curves.png -> {output_dir}")
     accelerator.end_training()
 

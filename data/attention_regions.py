@@ -29,7 +29,7 @@ from tqdm import tqdm
 from config import ConfigError, PolicyConfig, option, read_jsonl, run_command, writable
 from data.examples import Examples, load_examples
 from data.pictures import load_picture
-from evaluate import _digest
+from evaluate import digest
 from loading import portable_name
 from packing import layer_types
 from prompts import base_model, question_text, region_coverage
@@ -107,7 +107,7 @@ def region_settings(model, config) -> dict:
     names = ("revision", "load_in_4bit", "max_pixels", "system_prompt", "region_share")
     return {
         "model": portable_name(name),
-        "files": _digest(Path(name)) if Path(name).is_dir() else commit,
+        "files": digest(Path(name)) if Path(name).is_dir() else commit,
         "dtype": str(compute_dtype(model)).removeprefix("torch."),
         "region_layers": region_layers(model, config),
         "generic_question": GENERIC_QUESTION,

@@ -14,7 +14,7 @@ from PIL import Image
 
 from config import ConfigError, read_config
 from ease import ease_layer, ease_loss, target_map
-from grpo import adapted_beta
+from grpo import AdaptiveBeta
 from prompts import base_model, encode_prompt, token_cells
 from reward import (
     COMPONENTS,
@@ -276,7 +276,12 @@ def test_a_step_with_the_loss_moves_attention_to_the_boxes(model_folders, exampl
     ],
 )
 def test_beta_follows_the_kl_target(beta, kl, target, expected, reason):
-    assert adapted_beta(beta, kl, target, smallest=1e-3) == pytest.approx(expected), reason
+    adaptive, resumed = AdaptiveBeta(1e-3, target), AdaptiveBeta(1e-3, target)
+    adaptive.value = beta
+    resumed.load_state_dict(adaptive.state_dict())
+    for one in (adaptive, resumed):
+        one.step(kl)
+        assert one.value == pytest.approx(expected), reason
 
 
 # --- settings -----------------------------------------------------------------------------------------------------

@@ -1,0 +1,304 @@
+"""Kill a training run wherever it can be killed, let it go on, and compare all it leaves with an undisturbed run.
+
+    python tests/kill_points.py --runs 15 --kills 4 --seed 0
+
+Every run is started with --resume, ended as often as --kills says, each time at another point, and then left to finish.
+Metrics (but for times), samples, evaluations, every file of every checkpoint, the final adapter with its card and the
+curves must have the bytes of a run of the same seed that nobody disturbed. Linux; exit code 1 on any difference.
+
+    moment     SIGKILL from outside after a random time, to `accelerate launch train_rl.py` and its child
+    stages     SIGKILL within load, biggest, before, rollout, reference, update, optimizer, checkpoint, adapter, curves,
+               after, card: so many milliseconds behind the n-th call of the function that does it
+    line       SIGKILL in front of the n-th line that is executed of the files that write: between any two of them
+    byte       the kernel ends the process when a file of a checkpoint grows beyond n bytes (RLIMIT_FSIZE, SIGXFSZ)
+    damage     SIGKILL in a rollout, then the newest checkpoint is truncated, changed in one byte, robbed of a file or
+               emptied
+    SIGTERM, SIGINT    a clean stop from outside after a random time: the exit code must be 128 + signal
+"""
+
+import argparse
+import json
+import os
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections import Counter
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+SETTINGS = {
+    "data": "scenes",
+    "limit": 20,
+    "max_steps": 9,
+    "groups_per_step": 2,
+    "num_generations": 3,
+    "max_new_tokens": 24,
+    "save_steps": 2,
+    "eval_limit": 4,
+    "lora_rank": 2,
+    "learning_rate": 1e-3,
+    "lr_scheduler": "cosine",
+    "report_to": "none",
+}
+# name: (module, function whose call begins it, the call, from and to, most milliseconds behind it)
+STAGES = {
+    "load": ("train_rl", "load_policy", 1, 1, 300),
+    "biggest": ("train_rl", "try_biggest", 1, 1, 300),
+    "before": ("train_rl", "evaluate_shared", 1, 1, 150),
+    "rollout": ("train_rl", "sample_groups", 1, 4, 60),
+    "reference": ("train_rl", "_logprobs", 1, 8, 15),
+    "update": ("train_rl", "group_statistics", 1, 8, 40),
+    "optimizer": ("train_rl", "optimizer", 1, 4, 2),
+    "checkpoint": ("saving", "save_checkpoint", 1, 2, 20),
+    "adapter": ("train_rl", "save_final_adapter", 1, 1, 10),
+    "curves": ("train_rl", "draw_curves", 1, 1, 300),
+    "after": ("train_rl", "evaluate_shared", 1, 2, 150),
+    "card": ("train_rl", "write_model_card", 1, 1, 20),
+}
+WRITERS = {str(ROOT / name) for name in ("checkpoint.py", "saving.py", "run_folder.py")}
+LINES = 1000  # about as many are executed in a start that saves three times
+BYTES = 200_000  # of the largest file of a checkpoint, about
+KINDS = ("moment", *STAGES, "line", "line", "line", "byte", "byte", "damage", "SIGTERM", "SIGINT")
+
+
+# --- in the process that is killed --------------------------------------------------------------------------------
+
+
+def kill_self() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def arm(kind: str, number: int, milliseconds: float) -> None:
+    """Prepare the death of this process."""
+    sys.path.insert(0, str(ROOT))
+    import torch
+
+    import checkpoint
+    import saving
+    import train_rl
+
+    if kind in STAGES:
+        module = {"train_rl": train_rl, "saving": saving}[STAGES[kind][0]]
+        name, calls = STAGES[kind][1], Counter()
+
+        def doomed(function):
+            def call(*arguments, **options):
+                calls[name] += 1
+                if calls[name] == number:
+                    threading.Timer(milliseconds / 1000, kill_self).start() if milliseconds > 1 else kill_self()
+                return function(*arguments, **options)
+
+            return call
+
+        if name == "optimizer":
+            torch.optim.AdamW.step = doomed(torch.optim.AdamW.step)
+        else:
+            setattr(module, name, doomed(getattr(module, name)))
+    elif kind == "line":
+        lines = Counter()
+
+        def trace(frame, event, _):
+            if WRITERS is None or frame.f_code.co_filename not in WRITERS:  # None: Python is ending
+                return None
+            if event == "line":
+                lines["all"] += 1
+                if lines["all"] == number:
+                    print(f"line {Path(frame.f_code.co_filename).name}:{frame.f_lineno}", file=sys.stderr, flush=True)
+                    kill_self()
+            return trace
+
+        sys.settrace(trace)
+    elif kind == "byte":
+        save = checkpoint.save_adapter
+
+        def limited(model, folder):
+            if folder.parent.name.startswith("step-"):
+                resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+                signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
+                resource.setrlimit(resource.RLIMIT_FSIZE, (number, resource.RLIM_INFINITY))
+            save(model, folder)
+
+        checkpoint.save_adapter = limited
+
+
+def be_killed(kind: str, number: int, milliseconds: float, arguments: list[str]) -> None:
+    sys.argv = ["train_rl.py", *arguments]
+    arm(kind, number, milliseconds)
+    import train_rl
+
+    train_rl.run_command(train_rl.Config, train_rl.main)
+
+
+# --- in the process that kills ------------------------------------------------------------------------------------
+
+
+def flags(folder: Path, seed: int) -> list[str]:
+    return [f"--{name}={value}" for name, value in (SETTINGS | {"seed": seed, "output_dir": folder}).items()]
+
+
+def start(command: list[str], log: Path) -> subprocess.Popen:
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    with log.open("ab") as output:
+        return subprocess.Popen(
+            command, cwd=ROOT, env=environment, stdout=output, stderr=output, start_new_session=True
+        )
+
+
+def launched(folder: Path, seed: int, log: Path, *more: str) -> subprocess.Popen:
+    """The command that users type."""
+    accelerate = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes=1", "--num_machines=1"]
+    accelerate += ["--mixed_precision=no", "--dynamo_backend=no", "--cpu", "train_rl.py"]
+    return start([*accelerate, *flags(folder, seed), *more], log)
+
+
+def disturb(kind: str, folder: Path, seed: int, log: Path, rng: random.Random, seconds: float) -> str:
+    """One start that is ended; what happened: "ended", "finished" (it did not get there) or an error."""
+    if kind in ("moment", "SIGTERM", "SIGINT"):
+        begin = log.stat().st_size if log.exists() else 0
+        command = [sys.executable, "train_rl.py", *flags(folder, seed), "--resume"]
+        process = launched(folder, seed, log, "--resume") if kind == "moment" else start(command, log)
+        delay = rng.uniform(0, seconds)
+        if kind != "moment":  # a process that is not there yet cannot end in order
+            while b"resume:" not in log.read_bytes()[begin:]:
+                time.sleep(0.02)
+            delay = rng.uniform(0, seconds / 2)
+        try:
+            process.wait(delay)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL if kind == "moment" else getattr(signal, kind))
+        code = process.wait(120)
+        if code == 0:
+            return "finished"
+        ended = -signal.SIGKILL if kind == "moment" else 128 + getattr(signal, kind)
+        return "ended" if code == ended else f"exit code {code}"
+    at = "rollout" if kind == "damage" else kind
+    number, milliseconds = 1, 0.0
+    if at in STAGES:
+        _, _, fewest, most, longest = STAGES[at]
+        number, milliseconds = rng.randint(fewest, most), rng.uniform(0, longest)
+    elif at == "line":
+        number = rng.randint(1, LINES)
+    elif at == "byte":
+        number = rng.randint(1, BYTES)
+    command = [sys.executable, __file__, "--be_killed", at, str(number), str(milliseconds), *flags(folder, seed)]
+    process = start([*command, "--resume"], log)
+    code = process.wait(300)
+    if code == 0:
+        return "finished"
+    if code not in (-signal.SIGKILL, -signal.SIGXFSZ):
+        return f"exit code {code}"
+    if kind == "damage":
+        damage_newest(folder, rng)
+    return "ended"
+
+
+def damage_newest(folder: Path, rng: random.Random) -> None:
+    checkpoints = sorted(path for path in folder.glob("checkpoints/step-*") if path.suffix != ".partial")
+    if not checkpoints:
+        return
+    newest = checkpoints[-1]
+    victim = rng.choice(sorted(path for path in newest.rglob("*") if path.is_file()))
+    how = rng.choice(("truncated", "changed", "missing", "emptied"))
+    content = victim.read_bytes()
+    if how == "truncated":
+        victim.write_bytes(content[: rng.randrange(len(content))])
+    elif how == "changed":
+        place = rng.randrange(len(content))
+        victim.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
+    elif how == "missing":
+        victim.unlink()
+    else:
+        shutil.rmtree(newest)
+        newest.mkdir()
+
+
+def what_it_left(folder: Path) -> dict[str, bytes]:
+    """Every file of a run but what must differ: settings hold the folder and --resume, metrics hold times."""
+    files = {}
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        name = path.relative_to(folder).as_posix()
+        if name == "metrics.jsonl":
+            rows = [json.loads(line) for line in path.read_text().splitlines()]
+            rows = [{key: value for key, value in row.items() if not key.startswith("time/")} for row in rows]
+            files[name] = json.dumps(rows).encode()
+        elif name != "config.yaml":
+            files[name] = path.read_bytes()
+    return files
+
+
+def differences(expected: dict[str, bytes], found: dict[str, bytes]) -> list[str]:
+    """Names of files that differ, are missing or too many; a clean stop may leave checkpoints of further steps."""
+    extra = {name for name in found.keys() - expected.keys() if not name.startswith("checkpoints/step-")}
+    extra |= {name for name in found if ".partial" in name}
+    return sorted(extra | {name for name in expected if found.get(name) != expected[name]})
+
+
+def finish(folder: Path, seed: int, log: Path) -> float:
+    """One start that nobody disturbs; its seconds."""
+    begin = time.monotonic()
+    code = launched(folder, seed, log, "--resume").wait(600)
+    if code:
+        sys.exit(f"an undisturbed start ended with exit code {code}: see {log}\n{log.read_text()[-2000:]}")
+    return time.monotonic() - begin
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--runs", type=int, default=50, help="disturbed runs")
+    parser.add_argument("--kills", type=int, default=4, help="how often each is ended before it may finish")
+    parser.add_argument("--seeds", type=int, default=3, help="seeds of the runs, from 0 on")
+    parser.add_argument("--seed", type=int, default=0, help="of where and when they are killed")
+    parser.add_argument("--kinds", nargs="+", default=KINDS, help="kill points, all by default")
+    options = parser.parse_args()
+    base, rng = Path(tempfile.mkdtemp(prefix="kill-points-")), random.Random(options.seed)
+    order = []
+    expected, seconds = {}, 0.0
+    for seed in range(min(options.seeds, options.runs)):
+        folder = base / f"undisturbed-{seed}" / "run"
+        folder.parent.mkdir()
+        seconds = finish(folder, seed, base / "undisturbed.log")
+        expected[seed] = what_it_left(folder)
+        print(f"seed {seed}: undisturbed in {seconds:.0f} s, {len(expected[seed])} files", flush=True)
+    starts, ended, survived, failed = Counter(), Counter(), Counter(), []
+    for number in range(options.runs):
+        seed, folder, log = number % options.seeds, base / str(number) / "run", base / f"{number}.log"
+        folder.parent.mkdir()
+        story, kind = [], None
+        while len([end for _, end in story if end == "ended"]) < options.kills and story[-1:] != [(kind, "finished")]:
+            order = order or rng.sample(options.kinds, len(options.kinds))
+            kind = order.pop()
+            story.append((kind, disturb(kind, folder, seed, log, rng, seconds)))
+            starts[kind] += 1
+        finish(folder, seed, log)
+        found = differences(expected[seed], what_it_left(folder))
+        found += [f"{kind}: {end}" for kind, end in story if end.startswith("exit code")]
+        ended.update(kind for kind, end in story if end == "ended")
+        survived.update(kind for kind, end in story if end == "ended" and not found)
+        failed += [number] if found else []
+        told = ", ".join(kind if end == "ended" else f"{kind} ({end})" for kind, end in story)
+        print(f"run {number}, seed {seed}: {told}: {'; '.join(found) or 'equal'}", flush=True)
+        if not found:
+            shutil.rmtree(folder.parent)
+    print(f"\n{'kill point':12}{'starts':>8}{'ended there':>13}{'survived':>10}")
+    for kind in [kind for kind in dict.fromkeys(options.kinds) if starts[kind]]:
+        print(f"{kind:12}{starts[kind]:>8}{ended[kind]:>13}{survived[kind]:>10}")
+    print(f"{'all':12}{starts.total():>8}{ended.total():>13}{survived.total():>10}")
+    print(
+        f"{options.runs} runs of {SETTINGS['max_steps']} steps, {len(expected)} seeds, {len(failed)} with differences"
+    )
+    if failed:
+        sys.exit(f"differences in runs {failed}: see {base}")
+    shutil.rmtree(base)
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--be_killed"]:
+        be_killed(sys.argv[2], int(sys.argv[3]), float(sys.argv[4]), sys.argv[5:])
+    else:
+        main()
