@@ -21,6 +21,7 @@ from ease import ease_layer
 from evaluate import EXAMPLES_AT_A_TIME
 from grpo import grpo_loss
 from packing import split_by_tokens
+from processes import is_shared_out
 from prompts import Prompt, encode_prompt, image_features, model_device, prompt_text, vision_is_frozen
 from reward import group_statistics
 from rollout import Group, _is_packed, _sample, choose_tokens, eos_token_ids
@@ -168,8 +169,9 @@ def try_biggest(model, processor, examples, config, accelerator) -> None:
             raise
         # Only its words: the error itself would keep the stack's tensors in memory.
         failure = str(error).partition("\n")[0] or type(error).__name__
-    failures = accelerator.reduce(torch.tensor(float(failure is not None), device=accelerator.device), "sum")
-    if failures == 0:
+    if failure is None or not is_shared_out(model):  # with shares, the others are in a forward, and wait for this one
+        failures = accelerator.reduce(torch.tensor(float(failure is not None), device=accelerator.device), "sum")
+    if failure is None and failures == 0:
         return
     if failure is None:
         raise ConfigError("another process ran out of memory in the biggest group of the data; see its message")

@@ -18,7 +18,6 @@ from functools import lru_cache
 from importlib.util import find_spec
 
 import torch
-from accelerate import Accelerator
 from accelerate.utils import gather_object, set_seed
 from torch import Tensor
 from tqdm import tqdm
@@ -31,8 +30,16 @@ from data.examples import load_examples
 from ease import ease_layer, ease_loss, target_map
 from evaluate import evaluate_shared, format_table, report, without_nan
 from grpo import LOSS_TYPES, AdaptiveBeta, group_advantages, grpo_loss
-from metrics import StageClock, group_metrics, show_step, step_metrics
+from metrics import StageClock, group_metrics, not_finite, show_step, step_metrics
 from model_card import write_model_card
+from processes import (
+    average_gradients,
+    check_same_weights,
+    make_accelerator,
+    share_out,
+    wait_for_forwards,
+    wants_shares,
+)
 from prompts import base_model
 from reward import COMPONENTS, RewardConfig, group_statistics, score_statistics
 from rollout import Group, check_prompts, group_generator, sample_groups
@@ -182,6 +189,7 @@ def train_step(model, processor, optimizer, examples, step: int, config: Config,
             system_prompt=config.system_prompt,
             sampling_tokens=config.sampling_tokens,
         )
+        wait_for_forwards(model)
     references: list = [None] * len(groups)
     if config.beta:
         with clock.stage("reference", device), torch.no_grad(), evaluating(model), model.disable_adapter():
@@ -190,11 +198,11 @@ def train_step(model, processor, optimizer, examples, step: int, config: Config,
     completion_tokens = torch.tensor([float(len(c)) for group in groups for c in group.completions])
     num_items = accelerator.reduce(completion_tokens.sum().to(device), "sum").item() / accelerator.num_processes
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    scores, advantages, rows, skipped = [], [], [], []
+    scores, advantages, rows, skipped, num_skipped = [], [], [], [], 0
     map_layer = ease_layer(model) if config.ease_weight else None
     with clock.stage("update", device):
         for iteration in range(config.num_iterations):
-            rows, norms = [], []
+            rows, faults = [], []
             for number, (group, reference) in enumerate(zip(groups, references, strict=True)):
                 if iteration == 0:  # still the policy that sampled: one forward gives the rewards and the loss
                     statistics = group_statistics(model, group, config, map_layer)
@@ -218,20 +226,23 @@ def train_step(model, processor, optimizer, examples, step: int, config: Config,
                 if config.ease_weight:
                     ease = ease_loss(statistics.maps, target_map(processor, group.example), scores[number]["total"])
                     loss, stats = loss + config.ease_weight * ease, stats | {"ease": ease.item()}
-                scaler.scale(loss / groups_here).backward()
-                norms.append(torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]))
+                fault = not_finite(reward=scores[number]["total"], loss=loss)
+                # A reward or a loss that is not finite makes gradients so, and these skip the step in all processes.
+                scaler.scale(loss * math.nan if fault else loss / groups_here).backward()
+                norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+                faults.append(fault or not_finite(gradient=norm))
                 metrics = group_metrics(group, scores[number], advantages[number], config)
                 rows.append(metrics | stats | {"loss": loss.item()})
-            _average_gradients(parameters, accelerator)  # what is not finite in one process is so in all of them
+            average_gradients(parameters, accelerator)
             scaler.unscale_(optimizer)
             grad_norm = torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm).item()
             if math.isfinite(grad_norm):
                 scaler.step(optimizer)
-            else:  # from the first group that broke them on, gradients that add up stay so
-                broken = [
-                    group.example.get("id") for group, norm in zip(groups, norms, strict=True) if not norm.isfinite()
-                ]
-                skipped.append(gather_object(broken[:1]))  # the first one of each process
+            else:  # in every process, since they have one mean; gradients that add up stay so from the first fault on
+                pairs = zip(groups, faults, strict=True)
+                broken = [(group.example.get("id"), fault) for group, fault in pairs if fault]
+                skipped += gather_object(broken[:1])  # the first one of each process
+                num_skipped += 1
             scaler.update()
             optimizer.zero_grad()
 
@@ -242,27 +253,19 @@ def train_step(model, processor, optimizer, examples, step: int, config: Config,
     table = torch.tensor([list(row.values()) for row in rows], device=device)  # (groups here, metrics)
     gathered = accelerator.gather(table).tolist()  # (groups_per_step, metrics)
     metrics = step_metrics([dict(zip(rows[0], values, strict=True)) for values in gathered])
-    metrics |= {"grad_norm": grad_norm if math.isfinite(grad_norm) else None, "skipped_updates": float(len(skipped))}
+    metrics |= {"grad_norm": grad_norm if math.isfinite(grad_norm) else None, "skipped_updates": float(num_skipped)}
     metrics |= clock.metrics() | ({"loss_scale": scaler.get_scale()} if scaler.is_enabled() else {})
     first = groups[0]
     sample = {"id": first.example.get("id"), "question": first.example["question"], "answer": first.example["answer"]}
     sample |= {"texts": first.texts, "advantages": advantages[0].tolist()}
     sample |= {name: values.tolist() for name, values in scores[0].items()}
-    return metrics, without_nan(sample | ({"skipped_examples": sum(skipped, [])} if skipped else {}))
+    if num_skipped:
+        sample |= {"skipped_examples": [name for name, _ in skipped], "not_finite": [fault for _, fault in skipped]}
+    return metrics, without_nan(sample)
 
 
 def _logprobs(model, group: Group, config: Config) -> list[Tensor]:
     return group_logprobs(model, group.prompt, group.completions, temperature=config.temperature)
-
-
-def _average_gradients(parameters: Sequence[Tensor], accelerator) -> None:
-    """Mean of the processes' gradients, in one message."""
-    if accelerator.num_processes == 1:
-        return
-    gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
-    mean = accelerator.reduce(torch.cat([gradient.flatten() for gradient in gradients]), "mean")
-    for parameter, part in zip(parameters, mean.split([p.numel() for p in parameters]), strict=True):
-        parameter.grad = part.view_as(parameter)
 
 
 def main(config: Config) -> None:
@@ -271,14 +274,7 @@ def main(config: Config) -> None:
 
         show_plan(config)
         return
-    tracker = None if config.report_to == "none" else config.report_to
-    # vlm.autocast and the scaler below do the same on every device; Accelerate's own float16 refuses a CPU.
-    accelerator = Accelerator(log_with=tracker, project_dir=config.output_dir, mixed_precision="no")
-    if config.groups_per_step % accelerator.num_processes:
-        raise ConfigError(
-            f"groups_per_step={config.groups_per_step} is not a multiple of the number of processes, "
-            f"{accelerator.num_processes}: give one"
-        )
+    accelerator = make_accelerator(config)
     with StopSignals(accelerator.is_main_process) as stop, open_run(config, accelerator) as run:
         if not run.finished:
             train(config, accelerator, run, stop)
@@ -297,9 +293,10 @@ def train(config: Config, accelerator, run, stop) -> None:
     arguments = config.policy_arguments(config.lora_rank)
     if run.checkpoint:
         arguments["adapter"] = str(run.checkpoint / "adapter")
-    model, processor = load_policy(
-        **arguments, lora_alpha=config.lora_alpha, lora_targets=config.lora_targets, device=accelerator.device
-    )
+    arguments |= {"lora_alpha": config.lora_alpha, "lora_targets": config.lora_targets}
+    model, processor = load_policy(**arguments, device="cpu" if wants_shares() else accelerator.device)
+    if wants_shares():
+        share_out(model, accelerator)
     resolve_layers(model, config.attention_layers)
     for data in filter(None, (examples, held_out)):
         check_prompts(model, processor, data, config, config.max_new_tokens)
@@ -336,7 +333,10 @@ def train(config: Config, accelerator, run, stop) -> None:
         accelerator.init_trackers(
             "sayo", config={k: v for k, v in asdict(config).items() if isinstance(v, int | float | str)}
         )
-        print(f"{len(examples)} examples of {config.data}; {sum(p.numel() for p in parameters):,} trained parameters")
+        print(
+            f"{len(examples)} examples of {config.data}; {sum(p.numel() for p in parameters):,} trained parameters; "
+            f"{accelerator.num_processes} process{'es' * (accelerator.num_processes > 1)}"
+        )
         for message in (*notes, *(f"skipped {message}" for message in examples.skipped)):
             print(message)
         print(
@@ -344,8 +344,7 @@ def train(config: Config, accelerator, run, stop) -> None:
             "its gradient that counts, not its value. Watch the rewards, TAS, KL and advantage shares instead."
         )
 
-    accelerator.wait_for_everyone()
-
+    check_same_weights(model, accelerator, "before the first step")
     if config.try_biggest and start < config.max_steps:
         try_biggest(model, processor, examples, config, accelerator)
     if held_out and before is None and start == 0:
@@ -362,7 +361,7 @@ def train(config: Config, accelerator, run, stop) -> None:
         mininterval=0.1 if sys.stderr.isatty() else 15,
         disable=not main_process,
     )
-    is_due = False  # a checkpoint that could not be saved stays so
+    is_due, told = False, set()  # a checkpoint that could not be saved stays due
     for step in progress:
         scale = scaler.state_dict()
         try:
@@ -380,10 +379,12 @@ def train(config: Config, accelerator, run, stop) -> None:
             beta.step(metrics["kl"])
         stop.last_step = step + 1
         is_stopping = stop.agreed(accelerator)
-        is_due = is_due or (step + 1) % config.save_steps == 0
+        if (step + 1) % config.save_steps == 0:
+            check_same_weights(model, accelerator, f"after step {step + 1}")
+            is_due = True
         if main_process:
             write_rows(run, {"metrics.jsonl": metrics, "samples.jsonl": {"step": step + 1} | sample})
-            show_step(metrics, sample, progress, accelerator)
+            show_step(metrics, sample, progress, accelerator, told)
             if is_due and step + 1 < config.max_steps and not is_stopping:
                 is_due = not save(run, config, step + 1, model, parts, skipped_in_a_row)
         if skipped_in_a_row >= config.max_skipped_steps:
@@ -395,6 +396,7 @@ def train(config: Config, accelerator, run, stop) -> None:
         if is_stopping:
             break
     progress.close()
+    check_same_weights(model, accelerator, f"after step {stop.last_step}")
     if main_process and stop.last_step > start:
         save_for_certain(run, config, stop.last_step, model, parts, skipped_in_a_row)
     accelerator.wait_for_everyone()

@@ -2,10 +2,7 @@
 
 import json
 import math
-import os
 import shutil
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -303,22 +300,6 @@ def test_gradient_checkpointing_changes_memory_not_numbers(finished_run, tmp_pat
 def test_a_second_update_on_the_same_completions_is_off_policy(tmp_path):
     rows = run(tmp_path / "run", max_steps=1, eval_limit=1, num_iterations=6, learning_rate=2e-2, warmup_steps=0)
     assert rows[0]["clip_fraction"] > 0
-
-
-def test_two_processes_share_a_step_and_get_the_numbers_of_one(tmp_path):
-    """Groups, gradients and metrics are shared out over processes; what is trained stays the same."""
-    settings = {"groups_per_step": 4, "max_steps": 3, "eval_limit": 5, "loss_type": "dapo"}
-    expected = run(tmp_path / "one", **settings)
-    arguments = [f"--{name}={value}" for name, value in (SMALL | settings | {"output_dir": tmp_path / "two"}).items()]
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "train_rl.py"]
-    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    result = subprocess.run([*command, *arguments], env=environment, capture_output=True, text=True, timeout=600)
-    assert result.returncode == 0, result.stderr[-3000:]
-    found = [json.loads(line) for line in (tmp_path / "two" / "metrics.jsonl").read_text().splitlines()]
-    for row, other in zip(expected, found, strict=True):
-        assert {name: other[name] for name in row} == pytest.approx(row, rel=1e-4, abs=1e-5)
-    rows = json.loads((tmp_path / "two" / "evaluation.json").read_text())["rows"]["after"]
-    assert [row["id"] for row in rows] == [f"scenes-heldout-0-{index}" for index in range(5)]
 
 
 def test_nothing_is_overwritten_and_nothing_is_resumed_from_nothing(finished_run, tmp_path):
