@@ -3,8 +3,8 @@
     python tests/kill_points.py --runs 8 --kills 6 --seed 0
 
 Every run is started with --resume, ended as often as --kills says, each time at another point, and then left to finish.
-Metrics (but for times), samples, evaluations, every file of every checkpoint, the final adapter with its card and the
-curves must have the bytes of a run of the same seed that nobody disturbed. Linux; exit code 1 on any difference.
+Metrics (but for times), samples, evaluations, every checkpoint, the final adapter with its card and the curves must be
+to the last bit those of a run of the same seed that nobody disturbed. Linux; exit code 1 on any difference.
 
     moment     SIGKILL from outside after a random time, to `accelerate launch train_rl.py` and its child
     stages     SIGKILL within load, biggest, before, rollout, reference, update, optimizer, checkpoint, adapter, curves,
@@ -30,6 +30,8 @@ import threading
 import time
 from collections import Counter
 from pathlib import Path
+
+import torch
 
 ROOT = Path(__file__).parent.parent
 SETTINGS = {
@@ -78,8 +80,6 @@ def kill_self() -> None:
 def arm(kind: str, number: int, milliseconds: float) -> None:
     """Prepare the death of this process."""
     sys.path.insert(0, str(ROOT))
-    import torch
-
     import checkpoint
     import saving
     import train_rl
@@ -228,9 +228,26 @@ def what_it_left(folder: Path) -> dict[str, bytes]:
             rows = [json.loads(line) for line in path.read_text().splitlines()]
             rows = [{key: value for key, value in row.items() if not key.startswith("time/")} for row in rows]
             files[name] = json.dumps(rows).encode()
+        elif path.name == "state.pt":
+            files[name] = as_bytes(torch.load(path, weights_only=True))
+        elif path.name == "manifest.json":
+            sealed = json.loads(path.read_text())["files"]
+            del sealed["state.pt"]
+            files[name] = json.dumps(sealed).encode()
         elif name != "config.yaml":
             files[name] = path.read_bytes()
     return files
+
+
+def as_bytes(state) -> bytes:
+    """All bits of a saved state. Not those of its file: a pickle tells a text that was loaded from a constant."""
+    if isinstance(state, torch.Tensor):
+        return f"{state.dtype}{list(state.shape)}".encode() + state.contiguous().view(-1).numpy().tobytes()
+    if isinstance(state, dict):
+        return b"{" + b",".join(f"{key!r}:".encode() + as_bytes(value) for key, value in state.items()) + b"}"
+    if isinstance(state, list | tuple):
+        return b"[" + b",".join(map(as_bytes, state)) + b"]"
+    return repr(state).encode()
 
 
 def differences(expected: dict[str, bytes], found: dict[str, bytes]) -> list[str]:

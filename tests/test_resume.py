@@ -1,4 +1,4 @@
-"""A run survives what happens to it: kills, damaged checkpoints, signals, full disks, another data set of the same name.
+"""A run survives what happens to it: kills, damaged checkpoints, signals, full disks, other data of the same name.
 
 tests/kill_points.py does the same to the real command, many times; here are the points that take seconds.
 """
@@ -330,7 +330,8 @@ def test_a_finished_run_goes_on_to_more_steps(tmp_path, capsys):
 def test_two_processes_do_not_write_in_one_folder(undisturbed, tmp_path):
     """A launcher that is killed leaves its child at work, and the next start went to work beside it."""
     folder = copy_until(undisturbed, tmp_path / "run", 2)
-    code = f"import fcntl, os, time; fcntl.flock(os.open({str(folder)!r}, os.O_RDONLY), fcntl.LOCK_EX); print(flush=True); time.sleep(60)"
+    lock = f"fcntl.flock(os.open({str(folder)!r}, os.O_RDONLY), fcntl.LOCK_EX)"
+    code = f"import fcntl, os, time; {lock}; print(flush=True); time.sleep(60)"
     other = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
     try:
         other.stdout.readline()
@@ -700,7 +701,7 @@ def test_too_little_space_is_an_error_or_a_warning_before_training(tmp_path, mon
     monkeypatch.setattr(shutil, "disk_usage", lambda path: space(0, 0, 20_000_000))
     with pytest.raises(ConfigError, match="20.0 MB are free .* takes 12.0 MB"):
         check_space(config, place, parameters, 0)
-    assert check_space(config, place, parameters, 100) != []  # nothing is left to be saved
+    assert check_space(config, place, parameters, 100) == []  # nothing is left to be saved but the adapter
 
 
 def test_the_planned_size_of_a_checkpoint_is_that_on_the_disk(undisturbed):
