@@ -1,8 +1,8 @@
 """Kill a training run wherever it can be killed, let it go on, and compare all it leaves with an undisturbed run.
 
-    python tests/kill_points.py --runs 8 --kills 6 --seed 0
+    python tests/kill_points.py --kills 50 --seed 0
 
-Every run is started with --resume, ended as often as --kills says, each time at another point, and then left to finish.
+Every run is started with --resume and ended up to --kills_per_run times, each time at another point; then it may finish.
 Metrics (but for times), samples, evaluations, every checkpoint, the final adapter with its card and the curves must be
 to the last bit those of a run of the same seed that nobody disturbed. Linux; exit code 1 on any difference.
 
@@ -29,6 +29,7 @@ import tempfile
 import threading
 import time
 from collections import Counter
+from itertools import count
 from pathlib import Path
 
 import torch
@@ -37,7 +38,7 @@ ROOT = Path(__file__).parent.parent
 SETTINGS = {
     "data": "scenes",
     "limit": 20,
-    "max_steps": 12,
+    "max_steps": 20,
     "groups_per_step": 2,
     "num_generations": 3,
     "max_new_tokens": 24,
@@ -168,7 +169,7 @@ def disturb(kind: str, folder: Path, seed: int, log: Path, rng: random.Random, s
         if kind != "moment":  # a process that is not there yet cannot end in order
             while b"resume:" not in log.read_bytes()[begin:]:
                 time.sleep(0.02)
-            delay = rng.uniform(0, seconds / 3)
+            delay = rng.uniform(0, seconds / 6)
         try:
             process.wait(delay)
         except subprocess.TimeoutExpired:
@@ -268,8 +269,8 @@ def finish(folder: Path, seed: int, log: Path) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--runs", type=int, default=8, help="disturbed runs")
-    parser.add_argument("--kills", type=int, default=6, help="how often each is ended before it may finish")
+    parser.add_argument("--kills", type=int, default=50, help="ends in all")
+    parser.add_argument("--kills_per_run", type=int, default=6, help="ends of a run before it may finish")
     parser.add_argument("--seeds", type=int, default=3, help="seeds of the runs, from 0 on")
     parser.add_argument("--seed", type=int, default=0, help="of where and when they are killed")
     parser.add_argument("--kinds", nargs="+", default=KINDS, help="kill points, all by default")
@@ -277,22 +278,30 @@ def main() -> None:
     base, rng = Path(tempfile.mkdtemp(prefix="kill-points-")), random.Random(options.seed)
     order = []
     expected, seconds = {}, 0.0
-    for seed in range(min(options.seeds, options.runs)):
+    for seed in range(options.seeds):
         folder = base / f"undisturbed-{seed}" / "run"
         folder.parent.mkdir()
         seconds = finish(folder, seed, base / "undisturbed.log")
         expected[seed] = what_it_left(folder)
         print(f"seed {seed}: undisturbed in {seconds:.0f} s, {len(expected[seed])} files", flush=True)
     starts, ended, survived, failed = Counter(), Counter(), Counter(), []
-    for number in range(options.runs):
+    for number in count():
+        if ended.total() >= options.kills:
+            break
         seed, folder, log = number % options.seeds, base / str(number) / "run", base / f"{number}.log"
         folder.parent.mkdir()
-        order = order if len(order) >= options.kills else order + rng.sample(options.kinds, len(options.kinds))
-        chosen, order = order[: options.kills], order[options.kills :]
+        while len(order) < options.kills_per_run:
+            order += rng.sample(options.kinds, len(options.kinds))
+        chosen, order = order[: options.kills_per_run], order[options.kills_per_run :]
+        waiting = sorted(
+            chosen, key=lambda kind: kind not in AT_THE_END
+        )  # behind them, no step is left to be killed in
         story = []
-        for kind in sorted(chosen, key=lambda kind: kind in AT_THE_END):  # behind them, no step is left to be killed in
+        while waiting and not (story and story[-1][1] == "finished"):
+            kind = waiting.pop()
             story.append((kind, disturb(kind, folder, seed, log, rng, seconds)))
             starts[kind] += 1
+        order = waiting + order
         finish(folder, seed, log)
         found = differences(expected[seed], what_it_left(folder))
         found += [f"{kind}: {end}" for kind, end in story if end.startswith("exit code")]
