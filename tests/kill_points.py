@@ -2,7 +2,7 @@
 
     python tests/kill_points.py --kills 50 --seed 0
 
-Every run is started with --resume and ended up to --kills_per_run times, each time at another point; then it may finish.
+Every run is started with --resume, ended up to --kills_per_run times, each time at another point, and left to finish.
 Metrics (but for times), samples, evaluations, every checkpoint, the final adapter with its card and the curves must be
 to the last bit those of a run of the same seed that nobody disturbed. Linux; exit code 1 on any difference.
 
@@ -293,9 +293,8 @@ def main() -> None:
         while len(order) < options.kills_per_run:
             order += rng.sample(options.kinds, len(options.kinds))
         chosen, order = order[: options.kills_per_run], order[options.kills_per_run :]
-        waiting = sorted(
-            chosen, key=lambda kind: kind not in AT_THE_END
-        )  # behind them, no step is left to be killed in
+        # Taken from its end: behind a kill at the end of a run, no step is left to be killed in.
+        waiting = sorted(chosen, key=lambda kind: kind not in AT_THE_END)
         story = []
         while waiting and not (story and story[-1][1] == "finished"):
             kind = waiting.pop()
@@ -316,9 +315,7 @@ def main() -> None:
     for kind in [kind for kind in dict.fromkeys(options.kinds) if starts[kind]]:
         print(f"{kind:12}{starts[kind]:>8}{ended[kind]:>13}{survived[kind]:>10}")
     print(f"{'all':12}{starts.total():>8}{ended.total():>13}{survived.total():>10}")
-    print(
-        f"{options.runs} runs of {SETTINGS['max_steps']} steps, {len(expected)} seeds, {len(failed)} with differences"
-    )
+    print(f"{number} runs of {SETTINGS['max_steps']} steps, {len(expected)} seeds, {len(failed)} with differences")
     if failed:
         sys.exit(f"differences in runs {failed}: see {base}")
     shutil.rmtree(base)
