@@ -29,7 +29,7 @@ NEEDED = {"state.pt", "adapter/adapter_config.json", "adapter/adapter_model.safe
 
 def sync(path: Path) -> None:
     """Have a file, or the names in a folder, written to the disk itself."""
-    handle = os.open(path, os.O_RDONLY)
+    handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)  # Windows syncs what it may write alone
     try:
         os.fsync(handle)
     finally:

@@ -298,8 +298,12 @@ def begin(run: Run, config, made: dict, start: int) -> None:
 
 def former_evaluations(run: Run, max_steps: int) -> tuple[list[dict] | None, list[dict] | None]:
     """Rows of the evaluations before and after that a former start of the run wrote; None for what is to be done."""
+    if not run.former and not run.checkpoint:
+        return None, None
     before, after = (stored_json(run.folder / name) for name in ("evaluation_before.json", "evaluation.json"))
-    is_there = run.former and isinstance(before, list)
-    is_of_the_end = run.former and isinstance(after, dict) and after.get("step") == max_steps
+    is_of_the_end = isinstance(after, dict) and after.get("step") == max_steps
     is_of_the_end = is_of_the_end and run.checkpoint and step_of(run.checkpoint) == max_steps
-    return with_nan(before) if is_there else None, with_nan(after["rows"]["after"]) if is_of_the_end else None
+    return (
+        with_nan(before) if isinstance(before, list) else None,
+        with_nan(after["rows"]["after"]) if is_of_the_end else None,
+    )

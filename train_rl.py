@@ -309,11 +309,11 @@ def train(config: Config, accelerator, run, stop) -> None:
     model.train(config.gradient_checkpointing)  # eval mode where training mode is not needed: no dropout anywhere
 
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    settings = {"lr": config.learning_rate, "weight_decay": config.weight_decay}
-    optimizer = make_optimizer(config.optimizer, parameters, **settings)
+    decay = config.weight_decay
+    optimizer = make_optimizer(config.optimizer, parameters, lr=config.learning_rate, weight_decay=decay)
     optimizer.register_step_pre_hook(stop.hold)  # a step is given up before its first update, or finished
     scaler = torch.amp.GradScaler(accelerator.device.type, enabled=compute_dtype(model) == torch.float16)
-    accelerator.scaler = scaler
+    accelerator.scaler = scaler  # where train_step looks for it
     from transformers import get_scheduler  # imports peft and bitsandbytes, which print: not when a script is imported
 
     scheduler = get_scheduler(config.lr_scheduler, optimizer, config.warmup_steps, config.max_steps)
@@ -327,6 +327,8 @@ def train(config: Config, accelerator, run, stop) -> None:
 
     accelerator.wait_for_everyone()  # every process has looked at the folder before one of them fills it
     before, after = former_evaluations(run, config.max_steps) if held_out else (None, None)
+    if held_out and before is None and start:
+        notes.append("resume: evaluation_before.json is missing or damaged: there is nothing to compare the end with")
     accelerator.wait_for_everyone()
     if main_process:
         begin(run, config, made, start)
@@ -400,6 +402,8 @@ def train(config: Config, accelerator, run, stop) -> None:
     if main_process and stop.last_step > start:
         save_for_certain(run, config, stop.last_step, model, parts, skipped_in_a_row)
     accelerator.wait_for_everyone()
+    if stop.number:
+        accelerator.end_training()
     stop.release()
 
     if main_process:

@@ -10,6 +10,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import datasets
 import pytest
+import resumed_runs
 import tiny_models
 import torch
 from browser import open_browser, set_screen
@@ -87,6 +88,14 @@ def ragged_completions(processor, lengths=(7, 1, 12, 4), seed: int = 0) -> list[
     ]
     chosen = torch.tensor(vocabulary)
     return [chosen[torch.randint(len(chosen), (length,), generator=generator)] for length in lengths]
+
+
+@pytest.fixture(scope="session")
+def undisturbed(tmp_path_factory):
+    """The folder of a whole run of resumed_runs.SMALL. Shared: leave it as it is."""
+    folder = tmp_path_factory.mktemp("undisturbed") / "run"
+    resumed_runs.run(folder)
+    return folder
 
 
 @pytest.fixture

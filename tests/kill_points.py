@@ -1,10 +1,10 @@
 """Kill a training run wherever it can be killed, let it go on, and compare all it leaves with an undisturbed run.
 
-    python tests/kill_points.py --runs 15 --kills 4 --seed 0
+    python tests/kill_points.py --kills 50 --seed 0
 
-Every run is started with --resume, ended as often as --kills says, each time at another point, and then left to finish.
-Metrics (but for times), samples, evaluations, every file of every checkpoint, the final adapter with its card and the
-curves must have the bytes of a run of the same seed that nobody disturbed. Linux; exit code 1 on any difference.
+Every run is started with --resume, ended up to --kills_per_run times, each time at another point, and left to finish.
+Metrics (but for times), samples, evaluations, every checkpoint, the final adapter with its card and the curves must be
+to the last bit those of a run of the same seed that nobody disturbed. Linux; exit code 1 on any difference.
 
     moment     SIGKILL from outside after a random time, to `accelerate launch train_rl.py` and its child
     stages     SIGKILL within load, biggest, before, rollout, reference, update, optimizer, checkpoint, adapter, curves,
@@ -29,13 +29,16 @@ import tempfile
 import threading
 import time
 from collections import Counter
+from itertools import count
 from pathlib import Path
+
+import torch
 
 ROOT = Path(__file__).parent.parent
 SETTINGS = {
     "data": "scenes",
     "limit": 20,
-    "max_steps": 9,
+    "max_steps": 20,
     "groups_per_step": 2,
     "num_generations": 3,
     "max_new_tokens": 24,
@@ -58,12 +61,13 @@ STAGES = {
     "checkpoint": ("saving", "save_checkpoint", 1, 2, 20),
     "adapter": ("train_rl", "save_final_adapter", 1, 1, 10),
     "curves": ("train_rl", "draw_curves", 1, 1, 300),
-    "after": ("train_rl", "evaluate_shared", 1, 2, 150),
+    "after": ("train_rl", "before_and_after", 1, 1, 5),
     "card": ("train_rl", "write_model_card", 1, 1, 20),
 }
 WRITERS = {str(ROOT / name) for name in ("checkpoint.py", "saving.py", "run_folder.py")}
 LINES = 1000  # about as many are executed in a start that saves three times
 BYTES = 200_000  # of the largest file of a checkpoint, about
+AT_THE_END = ("adapter", "curves", "after", "card")
 KINDS = ("moment", *STAGES, "line", "line", "line", "byte", "byte", "damage", "SIGTERM", "SIGINT")
 
 
@@ -77,8 +81,6 @@ def kill_self() -> None:
 def arm(kind: str, number: int, milliseconds: float) -> None:
     """Prepare the death of this process."""
     sys.path.insert(0, str(ROOT))
-    import torch
-
     import checkpoint
     import saving
     import train_rl
@@ -167,7 +169,7 @@ def disturb(kind: str, folder: Path, seed: int, log: Path, rng: random.Random, s
         if kind != "moment":  # a process that is not there yet cannot end in order
             while b"resume:" not in log.read_bytes()[begin:]:
                 time.sleep(0.02)
-            delay = rng.uniform(0, seconds / 2)
+            delay = rng.uniform(0, seconds / 6)
         try:
             process.wait(delay)
         except subprocess.TimeoutExpired:
@@ -227,9 +229,26 @@ def what_it_left(folder: Path) -> dict[str, bytes]:
             rows = [json.loads(line) for line in path.read_text().splitlines()]
             rows = [{key: value for key, value in row.items() if not key.startswith("time/")} for row in rows]
             files[name] = json.dumps(rows).encode()
+        elif path.name == "state.pt":
+            files[name] = as_bytes(torch.load(path, weights_only=True))
+        elif path.name == "manifest.json":
+            sealed = json.loads(path.read_text())["files"]
+            del sealed["state.pt"]
+            files[name] = json.dumps(sealed).encode()
         elif name != "config.yaml":
             files[name] = path.read_bytes()
     return files
+
+
+def as_bytes(state) -> bytes:
+    """All bits of a saved state. Not those of its file: a pickle tells a text that was loaded from a constant."""
+    if isinstance(state, torch.Tensor):
+        return f"{state.dtype}{list(state.shape)}".encode() + state.contiguous().view(-1).numpy().tobytes()
+    if isinstance(state, dict):
+        return b"{" + b",".join(f"{key!r}:".encode() + as_bytes(value) for key, value in state.items()) + b"}"
+    if isinstance(state, list | tuple):
+        return b"[" + b",".join(map(as_bytes, state)) + b"]"
+    return repr(state).encode()
 
 
 def differences(expected: dict[str, bytes], found: dict[str, bytes]) -> list[str]:
@@ -250,8 +269,8 @@ def finish(folder: Path, seed: int, log: Path) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--runs", type=int, default=50, help="disturbed runs")
-    parser.add_argument("--kills", type=int, default=4, help="how often each is ended before it may finish")
+    parser.add_argument("--kills", type=int, default=50, help="ends in all")
+    parser.add_argument("--kills_per_run", type=int, default=6, help="ends of a run before it may finish")
     parser.add_argument("--seeds", type=int, default=3, help="seeds of the runs, from 0 on")
     parser.add_argument("--seed", type=int, default=0, help="of where and when they are killed")
     parser.add_argument("--kinds", nargs="+", default=KINDS, help="kill points, all by default")
@@ -259,22 +278,29 @@ def main() -> None:
     base, rng = Path(tempfile.mkdtemp(prefix="kill-points-")), random.Random(options.seed)
     order = []
     expected, seconds = {}, 0.0
-    for seed in range(min(options.seeds, options.runs)):
+    for seed in range(options.seeds):
         folder = base / f"undisturbed-{seed}" / "run"
         folder.parent.mkdir()
         seconds = finish(folder, seed, base / "undisturbed.log")
         expected[seed] = what_it_left(folder)
         print(f"seed {seed}: undisturbed in {seconds:.0f} s, {len(expected[seed])} files", flush=True)
     starts, ended, survived, failed = Counter(), Counter(), Counter(), []
-    for number in range(options.runs):
+    for number in count():
+        if ended.total() >= options.kills:
+            break
         seed, folder, log = number % options.seeds, base / str(number) / "run", base / f"{number}.log"
         folder.parent.mkdir()
-        story, kind = [], None
-        while len([end for _, end in story if end == "ended"]) < options.kills and story[-1:] != [(kind, "finished")]:
-            order = order or rng.sample(options.kinds, len(options.kinds))
-            kind = order.pop()
+        while len(order) < options.kills_per_run:
+            order += rng.sample(options.kinds, len(options.kinds))
+        chosen, order = order[: options.kills_per_run], order[options.kills_per_run :]
+        # Taken from its end: behind a kill at the end of a run, no step is left to be killed in.
+        waiting = sorted(chosen, key=lambda kind: kind not in AT_THE_END)
+        story = []
+        while waiting and not (story and story[-1][1] == "finished"):
+            kind = waiting.pop()
             story.append((kind, disturb(kind, folder, seed, log, rng, seconds)))
             starts[kind] += 1
+        order = waiting + order
         finish(folder, seed, log)
         found = differences(expected[seed], what_it_left(folder))
         found += [f"{kind}: {end}" for kind, end in story if end.startswith("exit code")]
@@ -289,9 +315,7 @@ def main() -> None:
     for kind in [kind for kind in dict.fromkeys(options.kinds) if starts[kind]]:
         print(f"{kind:12}{starts[kind]:>8}{ended[kind]:>13}{survived[kind]:>10}")
     print(f"{'all':12}{starts.total():>8}{ended.total():>13}{survived.total():>10}")
-    print(
-        f"{options.runs} runs of {SETTINGS['max_steps']} steps, {len(expected)} seeds, {len(failed)} with differences"
-    )
+    print(f"{number} runs of {SETTINGS['max_steps']} steps, {len(expected)} seeds, {len(failed)} with differences")
     if failed:
         sys.exit(f"differences in runs {failed}: see {base}")
     shutil.rmtree(base)

@@ -302,11 +302,12 @@ def test_a_second_update_on_the_same_completions_is_off_policy(tmp_path):
     assert rows[0]["clip_fraction"] > 0
 
 
-def test_nothing_is_overwritten_and_nothing_is_resumed_from_nothing(finished_run, tmp_path):
+def test_nothing_is_overwritten_and_resuming_nothing_starts_and_says_so(finished_run, tmp_path, capsys):
+    """A job that is queued again has one command; killed early, it left a folder that --resume refused."""
     with pytest.raises(ConfigError, match="holds a run already.*--resume"):
         run(finished_run[0])
-    with pytest.raises(ConfigError, match="holds no run"):
-        run(tmp_path / "empty", resume=True)
+    assert run(tmp_path / "empty", resume=True, max_steps=1, eval_limit=1) == finished_run[1][:1]
+    assert "holds no run yet: it starts at step 0" in capsys.readouterr().out
 
 
 def test_bad_data_stops_the_run_before_it_starts(tmp_path):
