@@ -9,7 +9,7 @@ completions do not see of each other is never computed. A function in transforme
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import scaled_dot_product_attention
+from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
@@ -224,15 +225,17 @@ class AttentionProbe:
         layers: indices of decoder layers.
         rows: (T,) indices into the flattened (B, S) batch of queries to read.
         key_weights: (B, K, W); a row's result is its attention times these weights, summed over keys.
+        kept_layer: a layer of a packed row whose queries and keys are kept as they are, gradients and all.
 
-    After the forward `results[layer]` is (T, W) float32.
+    After the forward `results[layer]` is (T, W) float32, and `kept` the arguments of attention_on_prompt.
     """
 
     current: AttentionProbe | None = None
 
-    def __init__(self, layers: Iterable[int], rows: Tensor, key_weights: Tensor):
-        self.layers, self.rows, self.key_weights = set(layers), rows, key_weights
+    def __init__(self, layers: Iterable[int], rows: Tensor, key_weights: Tensor, kept_layer: int | None = None):
+        self.layers, self.rows, self.key_weights, self.kept_layer = set(layers), rows, key_weights, kept_layer
         self.results: dict[int, Tensor] = {}
+        self.kept: tuple | None = None
 
     def __enter__(self) -> AttentionProbe:
         AttentionProbe.current = self
@@ -265,27 +268,47 @@ class AttentionProbe:
 
     @torch.no_grad()
     def read_packed(self, layer: int, query: Tensor, key: Tensor, group: PackedGroup, scaling: float) -> None:
-        """The same for the one group of a packed row, whose key weights are zero behind the prompt.
+        """The same for the one group of a packed row, whose key weights are zero behind the prompt."""
+        weights = self.key_weights[0, : group.prompt_length]  # (P, W)
+        total = attention_on_prompt(query, key, group, scaling, lambda attention: attention @ weights)
+        self.results[layer] = total[self.rows - (group.prompt_length - 1)]
 
-        The weight of a prompt key in the whole softmax is its weight in the prompt's part times that part's share.
-        """
-        num_prompt, heads = group.prompt_length, query.shape[1]
-        repeats = heads // key.shape[1]
-        weights = self.key_weights[0, :num_prompt]  # (P, W)
-        prompt_key = key[0, :, :num_prompt].float()  # (H_kv, P, d)
-        grid = [group.to_grid(part[:, :, num_prompt:].float()) for part in (query, key)]
-        causal = torch.ones(grid[0].shape[2], grid[0].shape[2], dtype=torch.bool, device=query.device).tril()
-        total = torch.zeros(1 + group.num_tokens, weights.shape[1], device=query.device)  # the prompt's last row first
-        for head in range(heads):
-            own = grid[0][:, head] @ grid[1][:, head // repeats].mT * scaling  # (G, C, C)
-            own_sum = own.masked_fill(~causal, float("-inf")).logsumexp(-1).flatten()[group.places]  # (T,)
-            own_sum = torch.cat([own_sum.new_full((1,), float("-inf")), own_sum])
-            on_prompt = (
-                query[0, head, num_prompt - 1 :].float() @ prompt_key[head // repeats].mT * scaling
-            )  # (1 + T, P)
-            whole = torch.logaddexp(on_prompt.logsumexp(-1), own_sum)
-            total += on_prompt.sub_(whole[:, None]).exp_() @ weights
-        self.results[layer] = total[self.rows - (num_prompt - 1)] / heads
+
+def attention_on_prompt(
+    query: Tensor,
+    key: Tensor,
+    group: PackedGroup,
+    scaling: float,
+    reduce: Callable[[Tensor], Tensor],
+) -> Tensor:
+    """Mean over heads of reduce(A), A (1 + T, P) float32: attention of a packed row's tokens on its prompt.
+
+    The prompt's last token is the first row, then come the T completion tokens. A head at a time, so that A never
+    exists for all of them; differentiable where query or key are.
+
+    Args:
+        query: (1, H, S, d). key: (1, H_kv, S, d). group: the only one of the row.
+    """
+    num_prompt, heads = group.prompt_length, query.shape[1]
+    repeats = heads // key.shape[1]
+    prompt_key = key[0, :, :num_prompt].float()  # (H_kv, P, d)
+    grid = [group.to_grid(part[:, :, num_prompt:].float()) for part in (query, key)]
+    causal = torch.ones(grid[0].shape[2], grid[0].shape[2], dtype=torch.bool, device=query.device).tril()
+
+    def of_head(head: int) -> Tensor:
+        own = grid[0][:, head] @ grid[1][:, head // repeats].mT * scaling  # (G, C, C)
+        own_sum = own.masked_fill(~causal, float("-inf")).logsumexp(-1).flatten()[group.places]  # (T,)
+        own_sum = torch.cat([own_sum.new_full((1,), float("-inf")), own_sum])
+        on_prompt = query[0, head, num_prompt - 1 :].float() @ prompt_key[head // repeats].mT * scaling  # (1 + T, P)
+        # The weight of a prompt key in the whole softmax: its weight in the prompt's part times that part's share.
+        whole = torch.logaddexp(on_prompt.logsumexp(-1), own_sum)[:, None]
+        if on_prompt.requires_grad:
+            return reduce((on_prompt - whole).exp())
+        return reduce(on_prompt.sub_(whole).exp_())
+
+    if torch.is_grad_enabled():
+        return sum(checkpoint(of_head, head, use_reentrant=False) for head in range(heads)) / heads
+    return sum(of_head(head) for head in range(heads)) / heads
 
 
 def _probed_attention(
@@ -311,6 +334,8 @@ def _probed_attention(
             (group,) = packed_groups
             with torch.autocast(query.device.type, enabled=False):
                 probe.read_packed(layer, query, key, group, scaling)
+        if probe is not None and layer == probe.kept_layer:
+            probe.kept = query, key, packed_groups[0], scaling
         output = packed_attention(query, key, value, packed_groups, scaling)
     return output.transpose(1, 2).contiguous(), None
 

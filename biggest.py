@@ -17,9 +17,11 @@ from tqdm import tqdm
 
 from config import ConfigError
 from data.pictures import picture_size
+from ease import ease_layer
 from evaluate import EXAMPLES_AT_A_TIME
 from grpo import grpo_loss
 from packing import split_by_tokens
+from processes import is_shared_out
 from prompts import Prompt, encode_prompt, image_features, model_device, prompt_text, vision_is_frozen
 from reward import group_statistics
 from rollout import Group, _is_packed, _sample, choose_tokens, eos_token_ids
@@ -65,7 +67,7 @@ def side_by_side(group_tokens: int, num_groups: int, sampling_tokens: int) -> in
 
 def evaluated_side_by_side(prompt_tokens: int, config, is_packed: bool) -> tuple[int, int]:
     """(prompts that an evaluation has in memory, how many of them share a cache); (0, 0) where there is none."""
-    if not config.eval_data and config.data != "scenes":
+    if config.eval_data == "none" or (not config.eval_data and config.data != "scenes"):
         return 0, 0
     in_all = min(EXAMPLES_AT_A_TIME, config.eval_limit or EXAMPLES_AT_A_TIME)
     return in_all, side_by_side(prompt_tokens + config.max_new_tokens, in_all, config.sampling_tokens * is_packed)
@@ -109,10 +111,12 @@ def run_group(model, processor, example: dict, groups: int, config) -> None:
     if config.beta:
         with torch.no_grad(), evaluating(model), model.disable_adapter():
             reference = group_logprobs(model, group.prompt, group.completions, temperature=config.temperature)
-    statistics = group_statistics(model, group, config)
+    statistics = group_statistics(model, group, config, ease_layer(model) if config.ease_weight else None)
     advantages = torch.linspace(-1, 1, G)
     options = {name: getattr(config, name) for name in ("beta", "clip_low", "clip_high", "loss_type", "max_new_tokens")}
     loss, _ = grpo_loss(statistics.logps, statistics.detached().logps, reference, advantages, **options)
+    if config.ease_weight:
+        loss = loss + config.ease_weight * statistics.maps.sum()
     loss.backward()
     del moments
 
@@ -165,8 +169,9 @@ def try_biggest(model, processor, examples, config, accelerator) -> None:
             raise
         # Only its words: the error itself would keep the stack's tensors in memory.
         failure = str(error).partition("\n")[0] or type(error).__name__
-    failures = accelerator.reduce(torch.tensor(float(failure is not None), device=accelerator.device), "sum")
-    if failures == 0:
+    if failure is None or not is_shared_out(model):  # with shares, the others are in a forward, and wait for this one
+        failures = accelerator.reduce(torch.tensor(float(failure is not None), device=accelerator.device), "sum")
+    if failure is None and failures == 0:
         return
     if failure is None:
         raise ConfigError("another process ran out of memory in the biggest group of the data; see its message")

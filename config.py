@@ -6,8 +6,10 @@ import math
 import os
 import re
 import sys
+import time
 from collections import Counter
 from collections.abc import Callable
+from contextlib import ExitStack, redirect_stderr, redirect_stdout
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import get_args, get_type_hints
@@ -25,6 +27,7 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 # A zero ends every file name, and half of a character (JSON, YAML and odd file names can have one) cannot be written.
 UNWRITABLE = re.compile("[\0\ud800-\udfff]")
 LARGEST_FILE, MAX_DEPTH = 2**16, 20  # of a YAML file: bytes, and lists and mappings within each other
+FIRST_PROCESS_SPEAKS = 5.0  # seconds that other processes wait before they tell of a problem
 MAX_LISTED = 20  # unknown fields named in one error message
 EMBEDDED_POLICY = str(Path(__file__).parent / "data" / "tiny_policy")
 
@@ -325,13 +328,28 @@ def _unknown(name: str, valid: list[str]) -> str:
 
 
 def run_command(config_class: type, main: Callable) -> None:
-    """Read the config, run main, and turn a problem of the user's into one message and exit code 1."""
+    """Read the config, run main, and turn a problem of the user's into one message and exit code 1.
+
+    Of several processes on one machine only the first prints. A problem of another one is told, too, but a little
+    later: when all have the same, the launcher has ended them before that.
+    """
+    name, number = Path(sys.argv[0]).name, int(os.environ.get("LOCAL_RANK", 0))
     try:
-        main(read_config(config_class, sys.argv[1:]))
+        with ExitStack() as stack:
+            if number:
+                nowhere = stack.enter_context(open(os.devnull, "w", encoding="utf-8"))
+                stack.enter_context(redirect_stdout(nowhere))
+                stack.enter_context(redirect_stderr(nowhere))
+            main(read_config(config_class, sys.argv[1:]))
+        return
     except (ConfigError, DataError, PolicyError) as error:
-        sys.exit(f"{Path(sys.argv[0]).name}: {error}")
+        problem = str(error)
     except KeyboardInterrupt:
-        sys.exit(
-            f"{Path(sys.argv[0]).name}: interrupted; what was written stays: go on with --resume where "
-            "there is that flag, else with the same command"
+        problem = (
+            "interrupted; what was written stays: go on with --resume where there is that flag, else with the same "
+            "command"
         )
+    if number:
+        time.sleep(FIRST_PROCESS_SPEAKS)
+        name = f"{name}, process {os.environ.get('RANK', number)}"
+    sys.exit(f"{name}: {problem}")

@@ -34,6 +34,7 @@ from checkpoint import write_whole
 from config import ConfigError, PolicyConfig, at_least, option, read_jsonl, run_command
 from data.benchmarks import BENCHMARKS, PAPER_NINE, load_benchmark, local_copies, published
 from data.examples import load_examples
+from processes import wait_for_forwards
 from prompts import question_text
 from reward import RewardConfig, extract_answer, score_group
 from rollout import check_prompts, sample_groups
@@ -187,6 +188,7 @@ def evaluate_shared(model, processor, examples, config, accelerator, description
     """evaluate_policy with the examples shared out over the processes; rows in the order of the examples."""
     share = range(accelerator.process_index, len(examples), accelerator.num_processes)
     rows = evaluate_policy(model, processor, Subset(examples, share), config, description=description)
+    wait_for_forwards(model)
     return [row for _, row in sorted(gather_object(list(zip(share, rows, strict=True))), key=lambda pair: pair[0])]
 
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo")
+LARGEST_BETA = 10.0  # of AdaptiveBeta: beside it, no reward is heard
 LARGEST_EXPONENT = 20.0  # e^20 is 5e8: far beyond any ratio that training can use, and far from the end of float32
 
 
@@ -38,6 +39,35 @@ def finite_exp(exponent: Tensor) -> Tensor:
     """
     bounded = exponent.clamp(max=LARGEST_EXPONENT)
     return bounded.exp() * (1 + (exponent - bounded))
+
+
+class AdaptiveBeta:
+    """A beta that follows a KL target: PPO's adaptive penalty (arXiv 1707.06347). Without a target it stays.
+
+    Example: at a target of 0.05, 1e-3 becomes 2e-3 after a step with a KL of 0.08.
+    """
+
+    def __init__(self, beta: float, kl_target: float | None = None):
+        self.value, self.smallest, self.kl_target = beta, beta, kl_target
+
+    def step(self, kl: float | None) -> None:
+        """Twice as much above 1.5 targets, half as much below 2/3 of one, never less than it began with.
+
+        Args:
+            kl: of the step, nats per token; None, of a step that has no number, changes nothing.
+        """
+        if self.kl_target is None or kl is None:
+            return
+        if kl > 1.5 * self.kl_target:
+            self.value = min(2 * self.value, LARGEST_BETA)
+        elif kl < self.kl_target / 1.5:
+            self.value = max(self.value / 2, self.smallest)
+
+    def state_dict(self) -> dict[str, float]:
+        return {"value": self.value}
+
+    def load_state_dict(self, state: dict[str, float]) -> None:
+        self.value = state["value"]
 
 
 def grpo_loss(

@@ -80,7 +80,7 @@ def run_steps(config: Config, examples_of: dict) -> int:
 
         examples = [example(BenchConfig(**examples_of["bench"]))]
     else:
-        needs_boxes = config.attention_weight > 0
+        needs_boxes = config.attention_weight > 0 and config.regions == "boxes"
         examples = load_examples(config.data, **config.data_arguments(), require_boxes=needs_boxes)
     gc.collect()
     if accelerator.device.type == "cuda":

@@ -11,6 +11,13 @@ from torch import Tensor
 from reward import COMPONENTS
 from rollout import Group
 
+MOSTLY = {
+    "empty_completions": "completions are empty: an end at once and nothing to reward; look at the chat template and "
+    "the answers in samples.jsonl",
+    "identical_groups": "groups have one and the same completion G times: nothing to compare; raise temperature, top_p "
+    "or num_generations",
+}
+
 
 def group_metrics(group: Group, scores: dict[str, Tensor], advantages: Tensor, config) -> dict[str, float]:
     """What is logged about one group; the means over all groups of a step are that step's metrics.
@@ -33,6 +40,9 @@ def group_metrics(group: Group, scores: dict[str, Tensor], advantages: Tensor, c
     metrics["entropy"] = torch.cat(group.statistics.entropies).mean().item()
     metrics["completion_length"] = lengths.mean().item()
     metrics["truncated"] = sum(group.truncated) / len(group.truncated)
+    spoken = [len(ids) - (not cut) for ids, cut in zip(group.completions, group.truncated, strict=True)]
+    metrics["empty_completions"] = spoken.count(0) / len(spoken)  # an end and nothing before it
+    metrics["identical_groups"] = float(len({tuple(ids.tolist()) for ids in group.completions}) == 1)
     return metrics
 
 
@@ -51,6 +61,29 @@ def step_metrics(rows: Sequence[dict[str, float]]) -> dict[str, float]:
         part = metrics.pop(f"variance/{name}")
         metrics[f"advantage_share/{name}"] = part / total if total else 0.0
     return metrics
+
+
+def not_finite(**values: Tensor) -> str | None:
+    """The name of the first of the tensors in which a number is NaN or infinite; None when all are finite."""
+    return next((name for name, value in values.items() if not value.isfinite().all()), None)
+
+
+def step_notes(step: int, metrics: dict, sample: dict, told: set[str]) -> list[str]:
+    """Lines for the screen about a step: an update that was skipped, and, once in a run, groups that teach nothing.
+
+    Args:
+        metrics, sample: what train_rl.train_step gives. told: names of the warnings that were given before.
+    """
+    notes = []
+    if "skipped_examples" in sample:
+        pairs = zip(sample["skipped_examples"], sample["not_finite"], strict=True)
+        names = ", ".join(repr(name) if fault == "gradient" else f"{name!r} (its {fault})" for name, fault in pairs)
+        notes.append(f"step {step}: update skipped, the gradient is not finite; it began with {names or 'their sum'}")
+    for name, message in MOSTLY.items():
+        if metrics[name] > 0.5 and name not in told:
+            told.add(name)
+            notes.append(f"step {step}: {metrics[name]:.0%} of the {message} (said once; {name} in metrics.jsonl)")
+    return notes
 
 
 class StageClock:
@@ -74,8 +107,8 @@ class StageClock:
         }
 
 
-def show_step(metrics: dict, sample: dict, progress, accelerator) -> None:
-    """Tell the tracker and the terminal about a step."""
+def show_step(metrics: dict, sample: dict, progress, accelerator, told: set[str]) -> None:
+    """Tell the tracker and the terminal about a step; `told` as in step_notes."""
     known = {name: value for name, value in metrics.items() if value is not None and name != "step"}
     try:
         accelerator.log(known, step=metrics["step"])
@@ -83,6 +116,5 @@ def show_step(metrics: dict, sample: dict, progress, accelerator) -> None:
         progress.write(f"step {metrics['step']}: the tracker could not be told ({error})")
     shown = {name: metrics[f"reward/{name}"] for name in ("total", "accuracy", "tas")} | {"kl": metrics["kl"]}
     progress.set_postfix({name: f"{value:.3f}" for name, value in shown.items() if value is not None}, refresh=False)
-    if "skipped_examples" in sample:
-        names = ", ".join(map(repr, sample["skipped_examples"])) or "their sum"
-        progress.write(f"step {metrics['step']}: update skipped, the gradient is not finite; it began with {names}")
+    for note in step_notes(metrics["step"], metrics, sample, told):
+        progress.write(note)

@@ -27,7 +27,7 @@ ALWAYS_SHOWN = (
     *("groups_per_step", "loss_type", "beta", "optimizer", "learning_rate", "lora_rank", "lora_alpha", "lora_targets"),
     "seed",
 )
-NEVER_SHOWN = ("output_dir", "resume", "report_to", "system_prompt")  # the last one has a place of its own
+NEVER_SHOWN = ("output_dir", "regions_folder", "resume", "report_to", "system_prompt")  # the last has its own place
 
 CARD = """# {title}
 

@@ -74,12 +74,13 @@ def dense_mask(groups: Sequence[PackedGroup]) -> Tensor:
 
 
 def _key_weights(prompt: Prompt) -> Tensor:
-    """(P, 2): column 0 averages over the covered image tokens (by coverage), column 1 over all image tokens."""
+    """(P, 2): column 0 averages over the covered image tokens (by coverage), column 1 over all that are counted."""
     weights = torch.zeros(len(prompt.input_ids), 2)
     covered = prompt.coverage.sum()
     if covered > 0:
         weights[prompt.image_token_index, 0] = prompt.coverage / covered
-    weights[prompt.image_token_index, 1] = 1 / max(1, len(prompt.image_token_index))
+    counted = torch.ones_like(prompt.coverage) if prompt.counted is None else prompt.counted.float()  # (N,)
+    weights[prompt.image_token_index, 1] = counted / counted.sum().clamp(min=1)
     return weights
 
 

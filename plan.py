@@ -258,7 +258,7 @@ def planner(
             shown = example or known["example"]
             prompt, origin = encode_prompt(processor, shown, config.system_prompt), f"example {shown.get('id')!r}"
         else:
-            needs_boxes = config.attention_weight > 0
+            needs_boxes = config.attention_weight > 0 and config.regions == "boxes"
             examples = load_examples(config.data, **config.data_arguments(), require_boxes=needs_boxes)
             known["example"], origin = longest_example(config, processor, examples)
             prompt = encode_prompt(processor, known["example"], config.system_prompt)

@@ -38,13 +38,17 @@ def model_device(model: nn.Module) -> torch.device:
 class Prompt:
     """An encoded question. P prompt tokens, N of them image tokens.
 
-    `coverage` is the share of each image token's picture cell inside the boxes, in [0, 1].
+    `coverage` is the share of each image token's picture cell inside the boxes, in [0, 1]; `border` says which cells
+    touch the edge of their picture; `counted` which image tokens the attention on the image is averaged over (None:
+    all).
     """
 
     input_ids: Tensor  # (P,)
     image_token_index: Tensor  # (N,) positions in input_ids
     coverage: Tensor  # (N,)
     model_inputs: dict = field(repr=False)  # pixels, grids: whatever the model's vision side takes
+    border: Tensor | None = None  # (N,) boolean
+    counted: Tensor | None = None  # (N,) boolean
     image_features: object = field(default=None, repr=False)  # (whose, what): a frozen vision tower's output, kept
     position_ids: Tensor | None = field(default=None, repr=False)  # (axes, P), see prompt_positions
 
@@ -104,13 +108,13 @@ def encode_prompt(processor, example: dict, system_prompt: str | None = None) ->
     encoded.pop("attention_mask", None)
     image_token_index = (input_ids == processor.image_token_id).nonzero().flatten()  # (N,)
     regions = {name: example.get(name) or [] for name in ("boxes", "polygons", "masks")}
-    coverage = region_coverage(processor, images, **regions)  # (N,)
+    coverage, border = _coverage_and_border(processor, images, **regions)  # (N,) each
     if len(coverage) != len(image_token_index):
         raise PolicyError(
             f"example {example.get('id')!r}: its pictures are {len(coverage)} tokens by FAMILIES in families.py, but "
             f"{len(image_token_index)} in the prompt; correct the entry of {type(processor).__name__}"
         )
-    return Prompt(input_ids, image_token_index, coverage, dict(encoded))
+    return Prompt(input_ids, image_token_index, coverage, dict(encoded), border)
 
 
 def _per_picture(name: str, regions, num_pictures: int, is_flat) -> list[list]:
@@ -150,25 +154,40 @@ def region_coverage(
         ValueError: the number of box lists is not the number of pictures, or a box has no area or lies outside.
         PolicyError: a processor of no known family.
     """
+    return _coverage_and_border(processor, images, boxes, polygons, masks)[0]
+
+
+def _coverage_and_border(processor, images, boxes, polygons=(), masks=()) -> tuple[Tensor, Tensor]:
+    """region_coverage, and which cells touch the edge of their picture: a frame in another color of the painting."""
     pictures = pictures_of(processor)
     images = [image if isinstance(image, Image.Image) else load_picture(image) for image in images]
     boxes = _per_picture("boxes", boxes, len(images), lambda box: not isinstance(box[0], Iterable))
     polygons = _per_picture("polygons", polygons, len(images), lambda polygon: not isinstance(polygon[0][0], Iterable))
     masks = masks or [None] * len(images)
-    parts = []
+    parts, borders = [], []
     for image, own_boxes, own_polygons, mask in zip(images, boxes, polygons, masks, strict=True):
-        region = paint_region(image.size, own_boxes, own_polygons, mask)
+        region, frame = paint_region(image.size, own_boxes, own_polygons, mask), _frame(image.size)
         while True:
-            pixels = pictures.token_pixels(_processed(processor, region.convert("RGB")), processor)  # (n, 3, pixels)
+            painting = Image.merge("RGB", [band.convert("L") for band in (region, frame, region)])
+            pixels = pictures.token_pixels(_processed(processor, painting), processor).float()  # (n, 3, pixels)
             # Resizing overshoots beside an edge.
-            part = pixels.float().mean((1, 2)).clamp(0, 1)  # (n,)
+            part = pixels[:, 0].mean(1).clamp(0, 1)  # (n,)
             bounds = region.getbbox()
             if bounds is None or part.any():
                 break
             x1, y1, x2, y2 = bounds
             region = paint_region(image.size, [(2 * x1 - x2, 2 * y1 - y2, 2 * x2 - x1, 2 * y2 - y1)])
         parts.append(part)
-    return torch.cat(parts)
+        borders.append(pixels[:, 1].amax(1) > 0.1)
+    return torch.cat(parts), torch.cat(borders)
+
+
+def _frame(size: tuple[int, int]) -> Image.Image:
+    """The outermost pixels of a picture, as many as are still seen when it is shrunk to some 256 pixels a side."""
+    frame = Image.new("1", size, 1)
+    x, y = (max(1, round(side / 256)) for side in size)
+    frame.paste(0, (x, y, max(x, size[0] - x), max(y, size[1] - y)))
+    return frame
 
 
 def _processed(processor, picture, **options) -> dict:

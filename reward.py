@@ -1,4 +1,4 @@
-"""Rewards of a sampled group: region attention of the uncertain tokens, format, and accuracy, each a named component.
+"""Rewards of a sampled group: region attention of the uncertain tokens, format, accuracy: each a named component.
 
 From SAYO (arXiv 2602.08241). One forward over the packed group gives, for every generated token, the entropy of the
 distribution that it was drawn from and its attention on the image: averaged over the tokens that the boxes cover (a)
@@ -10,7 +10,8 @@ the region is a coverage in [0, 1] of each image token instead of a list of cell
 
 import json
 import math
-from dataclasses import dataclass
+import random
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -20,7 +21,8 @@ from tqdm import tqdm
 from config import ConfigError, PolicyConfig, at_least, option, read_jsonl, run_command, writable
 from data.examples import load_examples
 from grader import answer_block, extract_answer, is_correct
-from prompts import encode_prompt
+from grpo import group_advantages
+from prompts import Prompt, encode_prompt
 from rollout import Group
 from vlm import TokenStatistics, evaluating, load_policy, resolve_layers, token_statistics
 
@@ -42,14 +44,21 @@ class RewardConfig:
     attention_query: str = option(
         "token", "Position whose attention counts: the token, or its predictor.", ("token", "predictor")
     )
+    attention_tokens: str = option(
+        "uncertain", "Which top_fraction of the tokens counts; random is a control.", ("uncertain", "random")
+    )
+    attention_gate: bool = option(False, "A wrong completion gets the lowest attention reward, -1.")
+    attention_normalized: bool = option(False, "Attention rewards of a group get mean 0 and deviation 1.")
+    border_mask: bool = option(False, "Leave image tokens at the picture's edge, where sinks sit, out of a and v.")
+    region_weight: float = option(0.0, "Weight of Remember-R1's region reward, 0 to 1.")
+    memory_weight: float = option(0.0, "Weight of Remember-R1's memory reward, 0 to 2.")
     format_min_tokens: int | None = option(None, "Scale the format reward down below this length (the script: 60).")
     format_max_tokens: int | None = option(None, "Scale the format reward down above this length (the script: 100).")
     temperature: float = option(1.0, "Temperature of sampling, and of the entropies and log-probs that are taken.")
 
     def problems(self) -> list[str]:
-        found = super().problems() + at_least(
-            self, 0, "attention_weight", "format_weight", "accuracy_weight", "attention_eps"
-        )
+        weights = [f"{name}_weight" for name in COMPONENTS]
+        found = super().problems() + at_least(self, 0, *weights, "attention_eps")
         found += at_least(self, 1, "format_min_tokens", "format_max_tokens")
         if self.temperature <= 0:
             found.append(f"temperature={self.temperature}: give more than 0 (1.0 samples from the policy itself)")
@@ -61,6 +70,9 @@ class RewardConfig:
         if shortest is not None and longest is not None and shortest > longest:
             found.append(f"format_min_tokens={shortest} is above format_max_tokens={longest}: swap them")
         return found
+
+
+COMPONENTS = ("attention", "format", "accuracy", "region", "memory")
 
 
 # --- attention --------------------------------------------------------------------------------------------------
@@ -76,6 +88,30 @@ def select_uncertain(entropy: Tensor, top_fraction: float = 0.3) -> Tensor:
     """
     count = max(1, int(top_fraction * len(entropy)))
     return entropy.argsort(descending=True, stable=True)[:count].sort().values  # (k,)
+
+
+def select_random(completion_ids: Tensor, top_fraction: float = 0.3) -> Tensor:
+    """As many indices as select_uncertain gives, of tokens that do not depend on entropy: the control for it.
+
+    A function of the completion alone, so that a resumed run draws the same ones.
+
+    Args:
+        completion_ids: (n,) EOS left out, n of at least 1.
+    """
+    count = max(1, int(top_fraction * len(completion_ids)))
+    drawn = random.Random(str(completion_ids.tolist())).sample(range(len(completion_ids)), count)
+    return torch.tensor(sorted(drawn), device=completion_ids.device)  # (k,)
+
+
+def without_border(prompt: Prompt) -> Prompt:
+    """The prompt with the image tokens at its pictures' edges out of the region and out of the picture.
+
+    Attention sinks sit there and move with the question. A region of edge tokens alone keeps them: none is ever empty.
+    """
+    inner = ~prompt.border  # (N,)
+    if not (prompt.coverage * inner).any():
+        return prompt
+    return replace(prompt, coverage=prompt.coverage * inner, counted=inner)
 
 
 def _log_ratio(target: Tensor, image: Tensor, eps: float) -> float:
@@ -147,7 +183,32 @@ def format_reward(text: str, num_tokens: int, min_tokens: int | None = None, max
 
 # --- a group ----------------------------------------------------------------------------------------------------
 
-COMPONENTS = ("attention", "format", "accuracy")
+
+def region_reward(target_mass: Tensor, image_mass: Tensor, eps: float = 1e-8) -> float:
+    """Share of the attention on the picture that is in the region, later tokens weighing more, 0 to 1.
+
+    Remember-R1 (arXiv 2608.01314): sum over t of (t / T) * B(t) / (O(t) + eps), divided by the sum of t / T.
+
+    Args:
+        target_mass: (T,) B(t), attention of each token on the region, summed over tokens, mean over heads.
+        image_mass: (T,) O(t), the same of the whole picture. 0 when T is 0.
+    """
+    late = torch.arange(1, len(image_mass) + 1, device=image_mass.device) / max(1, len(image_mass))  # (T,)
+    share = target_mass / (image_mass + eps)
+    return float((late * share).sum() / late.sum()) if len(late) else 0.0
+
+
+def memory_reward(image_mass: Tensor) -> float:
+    """How well the attention on the picture lasts: 1 + its mean at the end - its mean at the start, in (0, 2).
+
+    Remember-R1 (arXiv 2608.01314). Start and end are the first and the last third of the tokens, our choice: at least
+    one token each, and 0 for a completion of none, so that silence never pays.
+
+    Args:
+        image_mass: (T,) attention of each token on the picture, summed over image tokens, mean over heads.
+    """
+    third = max(1, len(image_mass) // 3)
+    return float(1 + image_mass[-third:].mean() - image_mass[:third].mean()) if len(image_mass) else 0.0
 
 
 def score_group(model, group: Group, config) -> dict[str, Tensor]:
@@ -158,25 +219,33 @@ def score_group(model, group: Group, config) -> dict[str, Tensor]:
         config: anything with the fields of RewardConfig.
 
     Returns:
-        (G,) float32 tensors on the CPU: "attention" in [-1, 1] (0 when the example has no boxes), "format" and
-        "accuracy" in [0, 1], "total" (weighted sum), "tas" over all tokens and "tas_selected" over the uncertain ones
-        (both NaN without boxes or without tokens).
+        (G,) float32 tensors on the CPU: "attention" in [-1, 1] (0 when the example has no boxes; after
+        attention_gate and attention_normalized), "format", "accuracy" and "region" in [0, 1], "memory" in [0, 2],
+        "total" (weighted sum), "tas" over all tokens and "tas_selected" over the rewarded ones (both NaN without boxes
+        or without tokens).
     """
     with evaluating(model), torch.no_grad():
         group.statistics = group_statistics(model, group, config)
     return score_statistics(group, config)
 
 
-def group_statistics(model, group: Group, config) -> TokenStatistics:
+def group_statistics(model, group: Group, config, map_layer: int | None = None) -> TokenStatistics:
     """token_statistics of a group with the settings of a RewardConfig."""
     options = {"temperature": config.temperature, "layers": config.attention_layers, "query": config.attention_query}
-    return token_statistics(model, group.prompt, group.completions, **options)
+    prompt = scored_prompt(group, config)
+    return token_statistics(model, prompt, group.completions, map_layer=map_layer, **options)
+
+
+def scored_prompt(group: Group, config) -> Prompt:
+    """The group's prompt with the region and the picture that attention is rewarded on."""
+    return without_border(group.prompt) if config.border_mask else group.prompt
 
 
 def score_statistics(group: Group, config) -> dict[str, Tensor]:
     """What score_group gives, from a group whose `statistics` are there."""
-    statistics = group.statistics
-    has_region = bool(group.prompt.coverage.sum() > 0)
+    statistics, prompt = group.statistics, scored_prompt(group, config)
+    num_target = float(prompt.coverage.sum())
+    num_image = len(prompt.coverage) if prompt.counted is None else int(prompt.counted.sum())
     rewards = {name: [] for name in (*COMPONENTS, "tas", "tas_selected")}
     for index, text in enumerate(group.texts):
         # The closing EOS is no part of what was said: it never competes for the top fraction.
@@ -184,17 +253,26 @@ def score_statistics(group: Group, config) -> dict[str, Tensor]:
         target = statistics.target_attention[index][:length]
         image = statistics.image_attention[index][:length]
         entropy = statistics.entropies[index][:length]
-        attention, tas, tas_selected = 0.0, math.nan, math.nan
-        if has_region:
-            options = {"top_fraction": config.top_fraction, "eps": config.attention_eps}
-            attention = attention_reward(target, image, entropy, **options)
+        is_right = is_correct(text, group.example)
+        attention, tas, tas_selected, region = 0.0, math.nan, math.nan, 0.0
+        if num_target > 0:
+            fraction, parts = config.top_fraction, (target, image, entropy)
+            if config.attention_tokens == "random" and length:
+                chosen = select_random(group.completions[index][:length], fraction).to(target.device)
+                fraction, parts = 1.0, [part[chosen] for part in parts]
+            attention = attention_reward(*parts, top_fraction=fraction, eps=config.attention_eps)
             tas = target_attention_score(target, image, config.attention_eps)
             tas_selected = (1 + attention) / 2 if length else math.nan
+            region = region_reward(target * num_target, image * num_image, config.attention_eps)
+            attention = ATTENTION_OF_NOTHING if config.attention_gate and not is_right else attention
         shape = format_reward(text, length, config.format_min_tokens, config.format_max_tokens)
-        values = (attention, shape, float(is_correct(text, group.example)), tas, tas_selected)
+        memory = memory_reward(image * num_image)
+        values = (attention, shape, float(is_right), region, memory, tas, tas_selected)
         for name, value in zip(rewards, values, strict=True):
             rewards[name].append(value)
     scores = {name: torch.tensor(values) for name, values in rewards.items()}  # (G,) each
+    if config.attention_normalized and len(group.texts) > 1:
+        scores["attention"] = group_advantages(scores["attention"])
     scores["total"] = sum(getattr(config, f"{name}_weight") * scores[name] for name in COMPONENTS)
     return scores
 

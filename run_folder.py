@@ -41,7 +41,7 @@ except ImportError:  # Windows: nothing keeps a second process out there
     fcntl = None
 
 MAY_CHANGE = ("max_steps", "save_steps", "save_total_limit", "resume", "report_to", "sampling_tokens", "output_dir")
-MAY_CHANGE += ("max_skipped_steps", "plan", "memory_gb", "try_biggest", "allowed_folders")
+MAY_CHANGE += ("max_skipped_steps", "plan", "memory_gb", "try_biggest", "allowed_folders", "regions_folder")
 WHEN_EXAMPLES_ARE_THE_SAME = ("data", "eval_data")  # data may be moved, to another disk of another machine
 MUST_STAY = ("examples", "eval_examples", "model", "adapter", "number_format")  # of run.json
 SHOULD_STAY = ("device", "processes", "versions")  # of run.json: where they change, the last bits may differ

@@ -129,12 +129,12 @@ def format_overview(reports: dict[str, dict], counts: dict[str, int], paper: dic
 
 
 def without_nan(value):
-    """The same rows and summaries with null for what is unknown, since JSON has no NaN."""
+    """The same rows and summaries with null for what is unknown, since JSON has neither NaN nor infinity."""
     if isinstance(value, dict):
         return {name: without_nan(part) for name, part in value.items()}
     if isinstance(value, list | tuple):
         return [without_nan(part) for part in value]
-    return None if isinstance(value, float) and math.isnan(value) else value
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def with_nan(rows: list[dict]) -> list[dict]:

@@ -13,12 +13,11 @@ import math
 import random
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from importlib.util import find_spec
 
 import torch
-from accelerate import Accelerator
 from accelerate.utils import gather_object, set_seed
 from torch import Tensor
 from tqdm import tqdm
@@ -26,11 +25,21 @@ from tqdm import tqdm
 from biggest import try_biggest
 from checkpoint import load_state, save_final_adapter, write_whole
 from config import ConfigError, PolicyConfig, SamplingConfig, at_least, option, run_command
+from data.attention_regions import RegionsConfig, attention_regions
 from data.examples import load_examples
+from ease import ease_layer, ease_loss, target_map
 from evaluate import evaluate_shared, format_table, report, without_nan
-from grpo import LOSS_TYPES, group_advantages, grpo_loss
-from metrics import StageClock, group_metrics, show_step, step_metrics
+from grpo import LOSS_TYPES, AdaptiveBeta, group_advantages, grpo_loss
+from metrics import StageClock, group_metrics, not_finite, show_step, step_metrics
 from model_card import write_model_card
+from processes import (
+    average_gradients,
+    check_same_weights,
+    make_accelerator,
+    share_out,
+    wait_for_forwards,
+    wants_shares,
+)
 from prompts import base_model
 from reward import COMPONENTS, RewardConfig, group_statistics, score_statistics
 from rollout import Group, check_prompts, group_generator, sample_groups
@@ -45,9 +54,12 @@ SCHEDULERS = ("constant", "constant_with_warmup", "linear", "cosine")
 
 
 @dataclass
-class Config(RewardConfig, SamplingConfig, PolicyConfig):
+class Config(RegionsConfig, RewardConfig, SamplingConfig, PolicyConfig):
     """Train a multimodal LLM with GRPO, an attention reward, a format reward and an accuracy reward."""
 
+    regions: str = option(
+        "boxes", "Rewarded regions: the data's own, or made of the base model's attention.", ("boxes", "attention")
+    )
     output_dir: str = option("runs/sayo", "Folder of the run: config, metrics, samples, checkpoints, adapter, curves.")
     max_steps: int = option(100, "Optimizer steps of groups_per_step groups each.")
     groups_per_step: int = option(8, "Prompts per step, over all processes; gradients add up over their groups.")
@@ -57,6 +69,10 @@ class Config(RewardConfig, SamplingConfig, PolicyConfig):
     clip_low: float = option(0.2, "A probability ratio below 1 - clip_low is clipped.")
     clip_high: float = option(0.2, "A probability ratio above 1 + clip_high is clipped.")
     beta: float = option(1e-3, "Weight of the k3 KL term to the base model; 0 leaves it out.")
+    kl_target: float | None = option(
+        None, "Double beta when a step's KL, in nats per token, is far above this; halve it when far below."
+    )
+    ease_weight: float = option(0.0, "Weight of EASE's attention loss on good completions (its paper: 1e-3).")
     optimizer: str = option("adamw", "AdamW of torch, or of bitsandbytes with 8-bit paged state.", OPTIMIZERS)
     learning_rate: float = option(2e-4, "AdamW's peak learning rate; large models want less (the paper: 5e-6).")
     lr_scheduler: str = option("constant_with_warmup", "Schedule of transformers.", SCHEDULERS)
@@ -74,7 +90,7 @@ class Config(RewardConfig, SamplingConfig, PolicyConfig):
     save_total_limit: int | None = option(None, "Keep so many checkpoints, the newest; none keeps all.")
     resume: bool = option(False, "Go on from the newest whole checkpoint of output_dir; start where there is no run.")
     eval_data: str | None = option(
-        None, "Evaluated before and after; none by default, scenes:heldout when data is scenes."
+        None, "Evaluated before and after, or none; by default none, but scenes:heldout when data is scenes."
     )
     eval_split: str = option("test", "Split of eval_data, where it has several.")
     eval_limit: int | None = option(512, "Evaluate on the first so many examples of eval_data.")
@@ -91,14 +107,21 @@ class Config(RewardConfig, SamplingConfig, PolicyConfig):
             )
         found += at_least(self, 1, "max_steps", "groups_per_step", "num_iterations", "save_steps", "eval_limit")
         found += at_least(self, 1, "lora_rank", "lora_alpha", "max_skipped_steps", "save_total_limit")
-        found += at_least(self, 0, "beta", "clip_low", "clip_high", "warmup_steps", "weight_decay")
-        for name in ("learning_rate", "max_grad_norm", "memory_gb"):
+        found += at_least(self, 0, "beta", "ease_weight", "clip_low", "clip_high", "warmup_steps", "weight_decay")
+        for name in ("learning_rate", "max_grad_norm", "memory_gb", "kl_target"):
             if getattr(self, name) is not None and getattr(self, name) <= 0:
                 found.append(f"{name}={getattr(self, name)}: give more than 0")
         if self.report_to in ("tensorboard", "wandb") and find_spec(self.report_to) is None:
             found.append(f"report_to={self.report_to!r} is not installed: pip install {self.report_to}, or give none")
         if not any(getattr(self, f"{name}_weight") for name in COMPONENTS):
-            found.append("attention_weight, format_weight and accuracy_weight are all 0: nothing would be rewarded")
+            found.append(f"{', '.join(f'{name}_weight' for name in COMPONENTS)} are all 0: nothing would be rewarded")
+        if self.kl_target and not self.beta:
+            found.append(f"kl_target={self.kl_target} with beta=0.0: give a beta above 0, where it starts (1e-3)")
+        if self.ease_weight and self.num_iterations > 1:
+            found.append(
+                f"ease_weight={self.ease_weight} with num_iterations={self.num_iterations}: give 1; the loss is taken "
+                "on the policy that sampled"
+            )
         return found
 
 
@@ -166,6 +189,7 @@ def train_step(model, processor, optimizer, examples, step: int, config: Config,
             system_prompt=config.system_prompt,
             sampling_tokens=config.sampling_tokens,
         )
+        wait_for_forwards(model)
     references: list = [None] * len(groups)
     if config.beta:
         with clock.stage("reference", device), torch.no_grad(), evaluating(model), model.disable_adapter():
@@ -174,13 +198,14 @@ def train_step(model, processor, optimizer, examples, step: int, config: Config,
     completion_tokens = torch.tensor([float(len(c)) for group in groups for c in group.completions])
     num_items = accelerator.reduce(completion_tokens.sum().to(device), "sum").item() / accelerator.num_processes
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    scores, advantages, rows, skipped = [], [], [], []
+    scores, advantages, rows, skipped, num_skipped = [], [], [], [], 0
+    map_layer = ease_layer(model) if config.ease_weight else None
     with clock.stage("update", device):
         for iteration in range(config.num_iterations):
-            rows, norms = [], []
+            rows, faults = [], []
             for number, (group, reference) in enumerate(zip(groups, references, strict=True)):
                 if iteration == 0:  # still the policy that sampled: one forward gives the rewards and the loss
-                    statistics = group_statistics(model, group, config)
+                    statistics = group_statistics(model, group, config, map_layer)
                     group.statistics, logps = statistics.detached(), statistics.logps
                     scores.append(score_statistics(group, config))
                     advantages.append(group_advantages(scores[number]["total"], config.advantage_scale))
@@ -198,20 +223,26 @@ def train_step(model, processor, optimizer, examples, step: int, config: Config,
                     max_new_tokens=config.max_new_tokens,
                     num_items=num_items / groups_here,  # the loss is divided by groups_here below, for all types alike
                 )
-                scaler.scale(loss / groups_here).backward()
-                norms.append(torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]))
+                if config.ease_weight:
+                    ease = ease_loss(statistics.maps, target_map(processor, group.example), scores[number]["total"])
+                    loss, stats = loss + config.ease_weight * ease, stats | {"ease": ease.item()}
+                fault = not_finite(reward=scores[number]["total"], loss=loss)
+                # A reward or a loss that is not finite makes gradients so, and these skip the step in all processes.
+                scaler.scale(loss * math.nan if fault else loss / groups_here).backward()
+                norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+                faults.append(fault or not_finite(gradient=norm))
                 metrics = group_metrics(group, scores[number], advantages[number], config)
                 rows.append(metrics | stats | {"loss": loss.item()})
-            _average_gradients(parameters, accelerator)  # what is not finite in one process is so in all of them
+            average_gradients(parameters, accelerator)
             scaler.unscale_(optimizer)
             grad_norm = torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm).item()
             if math.isfinite(grad_norm):
                 scaler.step(optimizer)
-            else:  # from the first group that broke them on, gradients that add up stay so
-                broken = [
-                    group.example.get("id") for group, norm in zip(groups, norms, strict=True) if not norm.isfinite()
-                ]
-                skipped.append(gather_object(broken[:1]))  # the first one of each process
+            else:  # in every process, since they have one mean; gradients that add up stay so from the first fault on
+                pairs = zip(groups, faults, strict=True)
+                broken = [(group.example.get("id"), fault) for group, fault in pairs if fault]
+                skipped += gather_object(broken[:1])  # the first one of each process
+                num_skipped += 1
             scaler.update()
             optimizer.zero_grad()
 
@@ -222,27 +253,19 @@ def train_step(model, processor, optimizer, examples, step: int, config: Config,
     table = torch.tensor([list(row.values()) for row in rows], device=device)  # (groups here, metrics)
     gathered = accelerator.gather(table).tolist()  # (groups_per_step, metrics)
     metrics = step_metrics([dict(zip(rows[0], values, strict=True)) for values in gathered])
-    metrics |= {"grad_norm": grad_norm if math.isfinite(grad_norm) else None, "skipped_updates": float(len(skipped))}
+    metrics |= {"grad_norm": grad_norm if math.isfinite(grad_norm) else None, "skipped_updates": float(num_skipped)}
     metrics |= clock.metrics() | ({"loss_scale": scaler.get_scale()} if scaler.is_enabled() else {})
     first = groups[0]
     sample = {"id": first.example.get("id"), "question": first.example["question"], "answer": first.example["answer"]}
     sample |= {"texts": first.texts, "advantages": advantages[0].tolist()}
     sample |= {name: values.tolist() for name, values in scores[0].items()}
-    return metrics, without_nan(sample | ({"skipped_examples": sum(skipped, [])} if skipped else {}))
+    if num_skipped:
+        sample |= {"skipped_examples": [name for name, _ in skipped], "not_finite": [fault for _, fault in skipped]}
+    return metrics, without_nan(sample)
 
 
 def _logprobs(model, group: Group, config: Config) -> list[Tensor]:
     return group_logprobs(model, group.prompt, group.completions, temperature=config.temperature)
-
-
-def _average_gradients(parameters: Sequence[Tensor], accelerator) -> None:
-    """Mean of the processes' gradients, in one message."""
-    if accelerator.num_processes == 1:
-        return
-    gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
-    mean = accelerator.reduce(torch.cat([gradient.flatten() for gradient in gradients]), "mean")
-    for parameter, part in zip(parameters, mean.split([p.numel() for p in parameters]), strict=True):
-        parameter.grad = part.view_as(parameter)
 
 
 def main(config: Config) -> None:
@@ -251,14 +274,7 @@ def main(config: Config) -> None:
 
         show_plan(config)
         return
-    tracker = None if config.report_to == "none" else config.report_to
-    # vlm.autocast and the scaler below do the same on every device; Accelerate's own float16 refuses a CPU.
-    accelerator = Accelerator(log_with=tracker, project_dir=config.output_dir, mixed_precision="no")
-    if config.groups_per_step % accelerator.num_processes:
-        raise ConfigError(
-            f"groups_per_step={config.groups_per_step} is not a multiple of the number of processes, "
-            f"{accelerator.num_processes}: give one"
-        )
+    accelerator = make_accelerator(config)
     with StopSignals(accelerator.is_main_process) as stop, open_run(config, accelerator) as run:
         if not run.finished:
             train(config, accelerator, run, stop)
@@ -268,19 +284,28 @@ def train(config: Config, accelerator, run, stop) -> None:
     """A run from load to evaluation, or what a former start of it left to do."""
     output_dir, main_process = run.folder, accelerator.is_main_process
     set_seed(config.seed)
-    examples = load_examples(config.data, **config.data_arguments(), require_boxes=config.attention_weight > 0)
-    eval_data = config.eval_data or ("scenes:heldout" if config.data == "scenes" else None)
+    rewards_regions = config.attention_weight or config.region_weight or config.ease_weight
+    needs_boxes = bool(rewards_regions) and config.regions == "boxes"
+    examples = load_examples(config.data, **config.data_arguments(), require_boxes=needs_boxes)
+    eval_data = config.eval_data or ("scenes:heldout" if config.data == "scenes" else "none")
     arguments = config.data_arguments() | {"split": config.eval_split, "limit": config.eval_limit}
-    held_out = eval_data and load_examples(eval_data, **arguments, require_boxes=False)
+    held_out = None if eval_data == "none" else load_examples(eval_data, **arguments, require_boxes=False)
     arguments = config.policy_arguments(config.lora_rank)
     if run.checkpoint:
         arguments["adapter"] = str(run.checkpoint / "adapter")
-    model, processor = load_policy(
-        **arguments, lora_alpha=config.lora_alpha, lora_targets=config.lora_targets, device=accelerator.device
-    )
+    arguments |= {"lora_alpha": config.lora_alpha, "lora_targets": config.lora_targets}
+    model, processor = load_policy(**arguments, device="cpu" if wants_shares() else accelerator.device)
+    if wants_shares():
+        share_out(model, accelerator)
     resolve_layers(model, config.attention_layers)
     for data in filter(None, (examples, held_out)):
         check_prompts(model, processor, data, config, config.max_new_tokens)
+    made = made_from(config, examples, held_out, model, str(compute_dtype(model)), accelerator)
+    notes = check_made_from(run, config, made)
+    if config.regions == "attention":  # held-out data keeps its own: TAS is measured against those
+        positions = range(config.max_steps * config.groups_per_step)
+        used = {example_index(config.seed, position, len(examples)) for position in positions}
+        examples = attention_regions(model, processor, examples, used, config)
     if config.gradient_checkpointing:
         base_model(model).activation_checkpointing_enable({"use_reentrant": False})
     model.train(config.gradient_checkpointing)  # eval mode where training mode is not needed: no dropout anywhere
@@ -294,9 +319,8 @@ def train(config: Config, accelerator, run, stop) -> None:
     from transformers import get_scheduler  # imports peft and bitsandbytes, which print: not when a script is imported
 
     scheduler = get_scheduler(config.lr_scheduler, optimizer, config.warmup_steps, config.max_steps)
-    parts = {"optimizer": optimizer, "scheduler": scheduler, "scaler": scaler}
-    made = made_from(config, examples, held_out, model, str(compute_dtype(model)), accelerator)
-    notes = check_made_from(run, config, made)
+    beta = AdaptiveBeta(config.beta, config.kl_target)
+    parts = {"optimizer": optimizer, "scheduler": scheduler, "scaler": scaler, "beta": beta}
     start, skipped_in_a_row = load_state(run.checkpoint, parts) if run.checkpoint else (0, 0)
     notes += check_space(config, run, parameters, start)
     stop.last_step = start
@@ -311,7 +335,10 @@ def train(config: Config, accelerator, run, stop) -> None:
         accelerator.init_trackers(
             "sayo", config={k: v for k, v in asdict(config).items() if isinstance(v, int | float | str)}
         )
-        print(f"{len(examples)} examples of {config.data}; {sum(p.numel() for p in parameters):,} trained parameters")
+        print(
+            f"{len(examples)} examples of {config.data}; {sum(p.numel() for p in parameters):,} trained parameters; "
+            f"{accelerator.num_processes} process{'es' * (accelerator.num_processes > 1)}"
+        )
         for message in (*notes, *(f"skipped {message}" for message in examples.skipped)):
             print(message)
         print(
@@ -319,7 +346,7 @@ def train(config: Config, accelerator, run, stop) -> None:
             "its gradient that counts, not its value. Watch the rewards, TAS, KL and advantage shares instead."
         )
 
-    accelerator.wait_for_everyone()
+    check_same_weights(model, accelerator, "before the first step")
     if config.try_biggest and start < config.max_steps:
         try_biggest(model, processor, examples, config, accelerator)
     if held_out and before is None and start == 0:
@@ -336,26 +363,30 @@ def train(config: Config, accelerator, run, stop) -> None:
         mininterval=0.1 if sys.stderr.isatty() else 15,
         disable=not main_process,
     )
-    is_due = False  # a checkpoint that could not be saved stays so
+    is_due, told = False, set()  # a checkpoint that could not be saved stays due
     for step in progress:
         scale = scaler.state_dict()
         try:
             with stop.at_once(accelerator.num_processes == 1):
                 set_seed(step_seed(config.seed, step, accelerator.process_index))
-                metrics, sample = train_step(model, processor, optimizer, examples, step, config, accelerator)
+                settings = replace(config, beta=beta.value)
+                metrics, sample = train_step(model, processor, optimizer, examples, step, settings, accelerator)
         except Stopped:
             scaler.load_state_dict(scale) if scaler.is_enabled() else None
             break
-        metrics = {"step": step + 1, "learning_rate": scheduler.get_last_lr()[0]} | metrics
+        metrics = {"step": step + 1, "learning_rate": scheduler.get_last_lr()[0], "beta": beta.value} | metrics
         skipped_in_a_row = skipped_in_a_row + 1 if metrics["skipped_updates"] == config.num_iterations else 0
         if not skipped_in_a_row:
             scheduler.step()
+            beta.step(metrics["kl"])
         stop.last_step = step + 1
         is_stopping = stop.agreed(accelerator)
-        is_due = is_due or (step + 1) % config.save_steps == 0
+        if (step + 1) % config.save_steps == 0:
+            check_same_weights(model, accelerator, f"after step {step + 1}")
+            is_due = True
         if main_process:
             write_rows(run, {"metrics.jsonl": metrics, "samples.jsonl": {"step": step + 1} | sample})
-            show_step(metrics, sample, progress, accelerator)
+            show_step(metrics, sample, progress, accelerator, told)
             if is_due and step + 1 < config.max_steps and not is_stopping:
                 is_due = not save(run, config, step + 1, model, parts, skipped_in_a_row)
         if skipped_in_a_row >= config.max_skipped_steps:
@@ -367,6 +398,7 @@ def train(config: Config, accelerator, run, stop) -> None:
         if is_stopping:
             break
     progress.close()
+    check_same_weights(model, accelerator, f"after step {stop.last_step}")
     if main_process and stop.last_step > start:
         save_for_certain(run, config, stop.last_step, model, parts, skipped_in_a_row)
     accelerator.wait_for_everyone()

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import Cache
 
-from attention import PROBED_ATTENTION, AttentionProbe, SamplingCache
+from attention import PROBED_ATTENTION, AttentionProbe, PackedGroup, SamplingCache, attention_on_prompt
 from families import PolicyError
 from loading import load_policy, load_processor
 from packing import LAYOUTS, Layout, Tokens, dense_mask, layer_types, model_layout
@@ -180,9 +180,10 @@ class TokenStatistics:
     entropies: list[Tensor]  # nats, of the distribution that the token was drawn from
     target_attention: list[Tensor]  # mean over heads, layers and covered image tokens
     image_attention: list[Tensor]  # mean over heads, layers and all image tokens
+    maps: Tensor | None = None  # (G, N) of map_layer: mean over heads and tokens, differentiable
 
     def detached(self) -> TokenStatistics:
-        return replace(self, logps=[logp.detach() for logp in self.logps])
+        return replace(self, logps=[logp.detach() for logp in self.logps], maps=None)
 
 
 def resolve_layers(model: nn.Module, layers: Sequence[int]) -> list[int]:
@@ -203,17 +204,31 @@ def resolve_layers(model: nn.Module, layers: Sequence[int]) -> list[int]:
     return sorted(set(found))
 
 
-def _probed_forward(model: nn.Module, batch: Layout, layers: Sequence[int], query: str) -> tuple[Tensor, Tensor]:
-    """(B, S, D) hidden states, and (L, T, W) attention of completion tokens on the columns of batch.key_weights."""
+def _probed_forward(
+    model: nn.Module, batch: Layout, layers: Sequence[int], query: str, kept_layer: int | None = None
+) -> tuple[Tensor, Tensor, tuple | None]:
+    """(B, S, D) hidden states, (L, T, W) attention of completion tokens on the columns of batch.key_weights, kept."""
     if query not in ("token", "predictor"):
         raise ValueError(f'attention_query={query!r}: valid are "token" and "predictor"')
     if attention_name(model) != PROBED_ATTENTION:
         raise ValueError('attention rows are read in the "sdpa" path: load the policy with attn="sdpa"')
     layers = resolve_layers(model, layers)
     rows = batch.token_rows if query == "token" else batch.predict_rows
-    with AttentionProbe(layers, rows, batch.key_weights) as probe:
+    with AttentionProbe(layers, rows, batch.key_weights, kept_layer) as probe:
         hidden = forward_hidden(model, batch)
-    return hidden, torch.stack([probe.results[layer] for layer in layers])
+    return hidden, torch.stack([probe.results[layer] for layer in layers]), probe.kept
+
+
+def _completion_maps(model: nn.Module, prompt: Prompt, kept: tuple) -> Tensor:
+    """(G, N): attention of a packed group's completions on the image tokens, mean over heads and over tokens."""
+    group: PackedGroup = kept[2]
+    lengths = torch.tensor(group.lengths, device=group.device)
+    owner = torch.arange(len(lengths), device=group.device).repeat_interleave(lengths)  # (T,)
+    average = (owner == torch.arange(len(lengths), device=group.device)[:, None]) / lengths.clamp(min=1)[:, None]
+    average = torch.nn.functional.pad(average, (1, 0))  # (G, 1 + T); the prompt's last token is nobody's
+    image = prompt.image_token_index.to(group.device)
+    with torch.autocast(model_device(model).type, enabled=False):
+        return attention_on_prompt(*kept, lambda attention: (average @ attention)[:, image])
 
 
 def token_statistics(
@@ -225,6 +240,7 @@ def token_statistics(
     layers: Sequence[int] = (-1,),
     query: str = "token",
     layout: str | None = None,
+    map_layer: int | None = None,
 ) -> TokenStatistics:
     """Log-probs, entropies and attention on target and image of every completion token, in one forward.
 
@@ -235,18 +251,20 @@ def token_statistics(
         layers: decoder layers that are averaged; negative numbers count from the end (SAYO: the last).
         query: whose attention row belongs to a token: "token", where it is the input (SAYO), or "predictor", the
             position that predicted it.
+        map_layer: also give `maps` of this decoder layer, counted from 0; in the packed layout alone.
 
     Raises:
         ValueError: no such layer or query, or a model loaded with attn="eager".
     """
     batch = LAYOUTS[model_layout(model, layout)](model, [prompt], [completions])
-    hidden, by_layer = _probed_forward(model, batch, layers, query)
+    hidden, by_layer, kept = _probed_forward(model, batch, layers, query, map_layer)
     attention = by_layer.mean(0)  # (T, 2)
     rows = hidden.flatten(0, 1)[batch.predict_rows]  # (T, D)
     head = base_model(model).get_output_embeddings()
     logps, entropies = row_logprobs(head, rows, batch.completion_ids, temperature, with_entropy=True)
     parts = (logps, entropies, attention[:, 0], attention[:, 1])
-    return TokenStatistics(*(list(part.split(batch.lengths)) for part in parts))
+    maps = None if map_layer is None else _completion_maps(model, prompt, kept)  # (G, N)
+    return TokenStatistics(*(list(part.split(batch.lengths)) for part in parts), maps)
 
 
 @torch.no_grad()

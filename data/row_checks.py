@@ -156,7 +156,7 @@ def check_rows(rows: Rows, box_format: str, limit: int | None, require_boxes: bo
                 if require_boxes and not any(any(example.get(name, ())) for name in ("boxes", "polygons", "masks")):
                     raise DataError(
                         "boxes is empty or missing, polygons and mask, too; the attention reward needs at least one "
-                        "box, polygon or mask"
+                        "box, polygon or mask; --regions attention makes some"
                     )
                 _check_regions(example, measures, box_format)
             except DataError as error:

@@ -194,9 +194,9 @@ def test_the_biggest_group_goes_through_every_stage_at_full_length(policies, mon
     config, seen = Config(**TINY), []
     statistics = biggest.group_statistics
 
-    def look(model, group, settings):
+    def look(model, group, settings, map_layer=None):
         seen.append([len(completion) for completion in group.completions])
-        return statistics(model, group, settings)
+        return statistics(model, group, settings, map_layer)
 
     monkeypatch.setattr(biggest, "group_statistics", look)
     monkeypatch.setattr(biggest, "evaluating", lambda model, own=biggest.evaluating: seen.append("eval") or own(model))

@@ -14,6 +14,7 @@ import rollout
 from config import ConfigError
 from prompts import base_model
 from reward import (
+    COMPONENTS,
     RewardConfig,
     ScoreConfig,
     attention_reward,
@@ -186,7 +187,7 @@ def group(policy, examples):
 def test_scores_are_the_weighted_named_components(policy, group):
     config = RewardConfig(attention_weight=0.5, format_weight=2.0, accuracy_weight=3.0)
     scores = score_group(policy[0], group, config)
-    assert set(scores) == {"attention", "format", "accuracy", "tas", "tas_selected", "total"}
+    assert set(scores) == {*COMPONENTS, "tas", "tas_selected", "total"}
     assert all(values.shape == (5,) for values in scores.values())
     expected = 0.5 * scores["attention"] + 2 * scores["format"] + 3 * scores["accuracy"]
     torch.testing.assert_close(scores["total"], expected)

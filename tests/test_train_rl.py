@@ -2,10 +2,7 @@
 
 import json
 import math
-import os
 import shutil
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -151,15 +148,15 @@ def test_advantage_shares_say_which_reward_drives_the_group():
     group = Group({}, None, completions, ["", ""], [True, False], statistics)
 
     def shares(attention, accuracy):
-        scores = {"attention": attention, "format": torch.ones(2), "accuracy": accuracy}
+        scores = dict.fromkeys(COMPONENTS, torch.ones(2)) | {"attention": attention, "accuracy": accuracy}
         scores["total"] = sum(scores.values())
         scores |= {"tas": torch.tensor([0.5, math.nan])}
         return step_metrics([group_metrics(group, scores, group_advantages(scores["total"]), config)])
 
     half = shares(torch.tensor([0.0, 1.0]), torch.tensor([0.0, 1.0]))
-    assert [half[f"advantage_share/{name}"] for name in COMPONENTS] == pytest.approx([0.5, 0.0, 0.5])
+    assert [half[f"advantage_share/{name}"] for name in COMPONENTS] == pytest.approx([0.5, 0, 0.5, 0, 0])
     alone = shares(torch.tensor([0.1, 0.4]), torch.tensor([1.0, 1.0]))
-    assert [alone[f"advantage_share/{name}"] for name in COMPONENTS] == pytest.approx([1.0, 0.0, 0.0])
+    assert [alone[f"advantage_share/{name}"] for name in COMPONENTS] == pytest.approx([1, 0, 0, 0, 0])
     nothing = shares(torch.ones(2), torch.ones(2))
     assert nothing["zero_advantage_groups"] == 1 and nothing["advantage_share/attention"] == 0
     assert half["reward/tas"] == 0.5 and half["entropy"] == 2.0
@@ -303,22 +300,6 @@ def test_gradient_checkpointing_changes_memory_not_numbers(finished_run, tmp_pat
 def test_a_second_update_on_the_same_completions_is_off_policy(tmp_path):
     rows = run(tmp_path / "run", max_steps=1, eval_limit=1, num_iterations=6, learning_rate=2e-2, warmup_steps=0)
     assert rows[0]["clip_fraction"] > 0
-
-
-def test_two_processes_share_a_step_and_get_the_numbers_of_one(tmp_path):
-    """Groups, gradients and metrics are shared out over processes; what is trained stays the same."""
-    settings = {"groups_per_step": 4, "max_steps": 3, "eval_limit": 5, "loss_type": "dapo"}
-    expected = run(tmp_path / "one", **settings)
-    arguments = [f"--{name}={value}" for name, value in (SMALL | settings | {"output_dir": tmp_path / "two"}).items()]
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "train_rl.py"]
-    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    result = subprocess.run([*command, *arguments], env=environment, capture_output=True, text=True, timeout=600)
-    assert result.returncode == 0, result.stderr[-3000:]
-    found = [json.loads(line) for line in (tmp_path / "two" / "metrics.jsonl").read_text().splitlines()]
-    for row, other in zip(expected, found, strict=True):
-        assert {name: other[name] for name in row} == pytest.approx(row, rel=1e-4, abs=1e-5)
-    rows = json.loads((tmp_path / "two" / "evaluation.json").read_text())["rows"]["after"]
-    assert [row["id"] for row in rows] == [f"scenes-heldout-0-{index}" for index in range(5)]
 
 
 def test_nothing_is_overwritten_and_resuming_nothing_starts_and_says_so(finished_run, tmp_path, capsys):

@@ -1,0 +1,60 @@
+"""The attention loss of EASE (arXiv 2605.30912): good completions are pulled to look at the annotated region.
+
+A loss on attention itself, beside the policy gradient, where SAYO has a reward: lambda * 1[R >= 0.5] * KL(target map ||
+attention map), at one layer two thirds up the model.
+"""
+
+import torch
+from torch import Tensor
+
+from data.regions import boxes_per_image
+from prompts import example_images, token_cells
+from vlm import layer_types
+
+GOOD_REWARD = 0.5  # completions of at least so much total reward have the loss
+FLOOR = 0.1  # of the target map, whose highest point is 1: the background is not forbidden
+WIDTH = 0.25  # standard deviation of a box's Gaussian, in sides of the box
+
+
+def ease_layer(model) -> int:
+    """The decoder layer of EASE, floor(2 L / 3), counted from 0."""
+    return 2 * len(layer_types(model)) // 3
+
+
+def target_map(processor, example: dict) -> Tensor | None:
+    """(N,) float32 over the image tokens, sums to 1: Gaussians on the boxes above a floor; None without boxes.
+
+    The value of a token is that at its cell's centre; where boxes overlap, the largest counts.
+    """
+    images, boxes = example_images(example), example.get("boxes")
+    if not boxes:
+        return None
+    parts = []
+    for image, own in zip(images, boxes_per_image(boxes, len(images)), strict=True):
+        cells = token_cells(processor, image)  # (n, 4)
+        centers = (cells[:, :2] + cells[:, 2:]) / 2  # (n, 2)
+        values = torch.full((len(cells),), FLOOR)
+        for box in torch.tensor(own, dtype=torch.float32).reshape(-1, 4):
+            middle, deviation = (box[:2] + box[2:]) / 2, WIDTH * (box[2:] - box[:2])
+            values = values.maximum((-0.5 * ((centers - middle) / deviation).square().sum(1)).exp())
+        parts.append(values)
+    whole = torch.cat(parts)
+    return whole / whole.sum()
+
+
+def ease_loss(maps: Tensor, target: Tensor | None, rewards: Tensor) -> Tensor:
+    """Mean over the group of 1[R >= 0.5] * KL(target || attention on the picture, made to sum to 1), in nats.
+
+    Args:
+        maps: (G, N) attention of every completion on the image tokens, differentiable; a row of zeros (an empty
+            completion) has no loss.
+        target: (N,) sums to 1; None, of an example without boxes, has no loss. rewards: (G,) total rewards.
+    """
+    if target is None:
+        return maps.sum() * 0  # still a part of the graph
+    total = maps.sum(1, keepdim=True)  # (G, 1)
+    log_attention = (maps / total.clamp(min=1e-20)).clamp(min=1e-20).log()  # (G, N)
+    target = target.to(maps)
+    divergence = (target * (target.log() - log_attention)).sum(1)  # (G,)
+    is_good = (rewards.to(maps.device) >= GOOD_REWARD) & (total[:, 0] > 0)
+    return torch.where(is_good, divergence, 0.0).mean()

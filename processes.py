@@ -1,0 +1,181 @@
+"""What several processes add to training: one mean of gradients, equal weights, and a model in shares.
+
+Every process has a copy of the policy and some of the groups of a step. A model that does not fit on one card is
+started with `accelerate launch --config_file configs/accelerate_fsdp.yaml`: then each process holds a share of the
+decoder layers' frozen weights (torch's fully_shard, FSDP2), which are gathered layer by layer in every forward and
+backward pass. LoRA weights, embeddings, head and vision tower stay whole in every process, so that gradients,
+optimizer, checkpoints and adapter are what they are without shares.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from datetime import timedelta
+from itertools import chain
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import FullyShardedDataParallelPlugin, InitProcessGroupKwargs, reduce
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor
+
+from config import ConfigError
+from prompts import base_model, model_device
+from vlm import autocast
+
+# How long a process waits for the others before it gives up. NCCL's own ten minutes are less than one process may need
+# for a longer share of an evaluation; a process that dies ends the run at once, through the launcher.
+TIMEOUT = InitProcessGroupKwargs(timeout=timedelta(minutes=30))
+
+
+def wants_shares() -> bool:
+    """Whether `accelerate launch` was told to share the model out."""
+    return os.environ.get("ACCELERATE_USE_FSDP") == "true" and int(os.environ.get("WORLD_SIZE", 1)) > 1
+
+
+def make_accelerator(config) -> Accelerator:
+    """Accelerate's own object for a run: its tracker, and how long processes wait for each other.
+
+    vlm.autocast and the run's own loss scaling do the same on every device; Accelerate's float16 refuses a CPU.
+
+    Raises:
+        ConfigError: a run with these settings cannot be shared out over the processes that were started.
+    """
+    started = int(os.environ.get("WORLD_SIZE", 1))
+    # Without a card, Accelerate wants to be told: else every process would train alone, into one folder.
+    accelerator = Accelerator(
+        cpu=started > 1 and not torch.accelerator.is_available(),
+        log_with=None if config.report_to == "none" else config.report_to,
+        project_dir=config.output_dir,
+        mixed_precision="no",
+        kwargs_handlers=[TIMEOUT],
+    )
+    number, found = accelerator.num_processes, []
+    if number != started:
+        found.append(
+            f"{started} processes were started, of which Accelerate knows {number} on this device: give "
+            "--num_processes 1"
+        )
+    if config.groups_per_step % number:
+        found.append(
+            f"groups_per_step={config.groups_per_step} is not a multiple of the number of processes, {number}: give one"
+        )
+    if wants_shares():
+        if config.load_in_4bit:
+            found.append("load_in_4bit: 4-bit weights cannot be held in shares (FSDP); leave one of the two out")
+        if os.environ.get("FSDP_VERSION") != "2":
+            found.append(f"fsdp_version={os.environ.get('FSDP_VERSION')}: give 2, as configs/accelerate_fsdp.yaml does")
+        if os.environ.get("FSDP_CPU_RAM_EFFICIENT_LOADING") == "true":
+            found.append("fsdp_cpu_ram_efficient_loading=true: give false; every process reads the checkpoint itself")
+    if found:
+        raise ConfigError("\n".join(found))
+    return accelerator
+
+
+# --- equal in all processes ---------------------------------------------------------------------------------------
+
+
+def average_gradients(parameters: Sequence[Tensor], accelerator) -> None:
+    """Mean of the processes' gradients, in one message; what is not finite in one process is so in all of them."""
+    if accelerator.num_processes == 1:
+        return
+    gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+    mean = accelerator.reduce(torch.cat([gradient.flatten() for gradient in gradients]), "mean")
+    for parameter, part in zip(parameters, mean.split([p.numel() for p in parameters]), strict=True):
+        parameter.grad = part.view_as(parameter)
+
+
+def check_same_weights(model: nn.Module, accelerator, when: str) -> None:
+    """Compare the trained weights of all processes by the sum of their bits: one number for each, one message.
+
+    Raises:
+        ConfigError: names the processes whose weights differ from those of process 0, and the first such weight.
+    """
+    if accelerator.num_processes == 1:
+        return
+    trained = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
+    sums = torch.stack([weight.detach().view(torch.int32).sum(dtype=torch.int64) for weight in trained.values()])
+    differs = accelerator.gather(sums[None]).cpu()  # (processes, weights)
+    differs = differs != differs[0]
+    if differs.any():
+        others = differs.any(1).nonzero().flatten().tolist()
+        raise ConfigError(
+            f"{when} the processes {others} have other weights than process 0, first in "
+            f"{list(trained)[int(differs.any(0).nonzero()[0])]}: every machine needs the same versions, the same model "
+            "and, with --resume, the same output_dir; the last checkpoint is untouched"
+        )
+
+
+# --- a model in shares --------------------------------------------------------------------------------------------
+
+
+class Turns:
+    """Forward passes of a sharded decoder, equally many in every process.
+
+    Each gathers weights from all processes, so that one which has finished sampling must not leave the others alone:
+    every forward is announced, and a process that waits joins those of the others with one token of nothing.
+    """
+
+    def __init__(self, decoder: nn.Module, device: torch.device):
+        self.decoder, self.device, self.is_waiting = decoder, device, False
+        decoder.register_forward_pre_hook(self._announce)
+
+    def _announce(self, *_) -> None:
+        if not self.is_waiting:
+            self._count(1.0)
+
+    def _count(self, here: float) -> float:
+        return reduce(torch.tensor(here, device=self.device), "sum").item()
+
+    @torch.no_grad()
+    def wait(self, model: nn.Module) -> None:
+        """Returns when no process has a forward left."""
+        embedding = base_model(model).get_input_embeddings().weight
+        nothing = torch.zeros(1, 1, embedding.shape[1], dtype=embedding.dtype, device=self.device)
+        self.is_waiting = True
+        with autocast(model):
+            while self._count(0.0):
+                self.decoder(inputs_embeds=nothing, use_cache=False)
+        self.is_waiting = False
+
+
+def share_out(model: nn.Module, accelerator) -> None:
+    """Leave this process its share of every decoder layer's frozen weights, and move all that is left to its device.
+
+    The settings of Accelerate's plugin count: fsdp_reshard_after_forward and fsdp_offload_params.
+    """
+    plugin, decoder = FullyShardedDataParallelPlugin(), base_model(model).model.get_decoder()
+    mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
+    trained = {parameter for parameter in model.parameters() if parameter.requires_grad}
+    for layer in decoder.layers:
+        fully_shard(
+            layer,
+            mesh=mesh,
+            ignored_params=trained,
+            reshard_after_forward=plugin.reshard_after_forward,
+            offload_policy=plugin.cpu_offload,
+        )
+    whole = [tensor for tensor in chain(model.parameters(), model.buffers()) if not isinstance(tensor, DTensor)]
+    fully_shard(decoder, mesh=mesh, ignored_params=set(whole))  # shares nothing more, but lets layers fetch ahead
+    for tensor in whole:
+        tensor.data = tensor.data.to(accelerator.device)
+    decoder.turns = Turns(decoder, model_device(model))
+
+
+def is_shared_out(model: nn.Module) -> bool:
+    return isinstance(base_model(model).model.get_decoder(), FSDPModule)
+
+
+def wait_for_forwards(model: nn.Module) -> None:
+    """After a stage whose number of forwards differs between processes; nothing where each has a copy of the model."""
+    if is_shared_out(model):
+        base_model(model).model.get_decoder().turns.wait(model)
+
+
+def bytes_here(model: nn.Module) -> int:
+    """Bytes of the weights that this process holds."""
+    local = [weight.to_local() if isinstance(weight, DTensor) else weight for weight in model.parameters()]
+    return sum(weight.numel() * weight.element_size() for weight in local)

@@ -1,0 +1,230 @@
+"""Several processes: the numbers of one, nobody waits for ever, equal weights, one voice, a model in shares."""
+
+import json
+import socket
+import sys
+import time
+
+import process_scenarios
+import pytest
+import torch
+from process_scenarios import SMALL, finished, launch, rows_of
+from safetensors.torch import load_file
+
+import config
+import train_rl
+from checkpoint import newest_checkpoint
+from config import ConfigError, run_command
+from metrics import step_notes
+from train_rl import Config
+
+PATCHED = ("train_step", "sample_groups", "score_statistics", "grpo_loss", "average_gradients")
+
+
+@pytest.fixture
+def run_alone(monkeypatch):
+    """run_alone(scenario, folder, **settings): the run of one process, here."""
+    for name in PATCHED:
+        monkeypatch.setattr(train_rl, name, getattr(train_rl, name))  # and back after the test
+
+    def run(scenario, folder, **settings):
+        scenario()
+        train_rl.main(Config(**(SMALL | {"output_dir": str(folder)} | settings)))
+        return rows_of(folder)
+
+    return run
+
+
+def watched(folder, process: int) -> list[tuple]:
+    """(weights before, mean gradient) of every step of one process."""
+    return torch.load(folder / f"watched-{process}.pt")
+
+
+def same_bits(first: torch.Tensor, second: torch.Tensor) -> bool:
+    return torch.equal(first.view(torch.int32), second.view(torch.int32))
+
+
+def assert_same_updates(folder, expected_folder, num_steps: int, tolerance: float = 1e-6):
+    """Gradients and weights of all processes are those of the run alone; between processes to the bit."""
+    expected, *found = watched(expected_folder, 0), watched(folder, 0), watched(folder, 1)
+    assert len(expected) >= num_steps and len(found[0]) == len(found[1])
+    for step, first in zip(expected[:num_steps], found[0], strict=False):
+        torch.testing.assert_close(first, step, atol=tolerance, rtol=0, equal_nan=True)
+    assert all(same_bits(*pair) for step in zip(*found, strict=True) for pair in zip(*step, strict=True))
+
+
+def adapters_differ_by(folder, other) -> float:
+    first, second = (load_file(path / "adapter" / "adapter_model.safetensors") for path in (folder, other))
+    assert first.keys() == second.keys()
+    return max((first[name] - second[name]).abs().max().item() for name in first)
+
+
+def assert_same_rows(found: list[dict], expected: list[dict]):
+    for row, other in zip(found, expected, strict=True):
+        assert [name for name in row if row[name] is None] == [name for name in other if other[name] is None]
+        known = {name: value for name, value in other.items() if value is not None}
+        assert {name: row[name] for name in known} == pytest.approx(known, rel=1e-6, abs=1e-6)
+
+
+def test_two_processes_with_trouble_in_one_make_the_updates_of_one_and_speak_once(tmp_path, run_alone):
+    """Groups that are identical, empty, without region, of one token; rewards and losses that are not finite; no
+    gradient at all; one example to evaluate for two processes."""
+    settings = {"max_new_tokens": 16, "eval_limit": 1, "save_steps": 3, "report_to": "tensorboard"}
+    two = launch("trouble", tmp_path / "two", max_steps=9, **settings)
+    expected = run_alone(process_scenarios.trouble, tmp_path / "one", max_steps=8, **settings)
+    result = finished(two)
+    assert result.returncode == 0, result.stderr[-3000:]
+    rows, samples = rows_of(tmp_path / "two"), rows_of(tmp_path / "two", "samples.jsonl")
+    assert_same_rows(rows[:8], expected)
+    assert_same_updates(tmp_path / "two", tmp_path / "one", 8)
+    assert [row["skipped_updates"] for row in rows] == [0, 0, 0, 0, 0, 1, 1, 1, 0]
+    assert rows[1]["identical_groups"] >= 0.5 and rows[2]["empty_completions"] == 0.5
+    assert rows[8]["grad_norm"] > 0
+    before, after = (watched(tmp_path / "two", 1)[step][0] for step in (5, 8))
+    assert same_bits(before, after)  # three skipped steps, in the process where nothing was wrong, too
+    names = [row.get("skipped_examples") for row in samples]
+    assert names[:5] == [None] * 5 and [row.get("not_finite") for row in samples[5:]] == [
+        ["reward"],
+        ["loss"],
+        ["reward"],
+        None,
+    ]
+    for step, kind in ((6, "reward"), (7, "loss"), (8, "reward")):
+        line = f"step {step}: update skipped, the gradient is not finite; it began with {names[step - 1][0]!r} (its"
+        assert (result.stdout + result.stderr).count(f"{line} {kind})") == 1
+    assert "Infinity" not in (tmp_path / "two" / "samples.jsonl").read_text()
+
+    out, err = result.stdout, result.stderr
+    for text in ("20 examples of scenes", "2 processes", "A GRPO loss hovers", "1 examples of scenes:heldout, greedy"):
+        assert out.count(text) == 1, text
+    bars = ("train:   0%|          | 0/9 [00:00<?", "before, scenes:heldout:   0%", "after, scenes:heldout:   0%")
+    for text in (*bars, "Loading weights:   0%"):
+        assert err.count(text) == 1, text
+    assert [row["step"] for row in rows] == [row["step"] for row in samples] == list(range(1, 10))
+    files = [
+        {path.name for path in (tmp_path / name).rglob("*") if "watched" not in path.name} for name in ("one", "two")
+    ]
+    events = [[name for name in found if "tfevents" in name] for found in files]
+    assert [len(found) for found in events] == [1, 1]
+    differ = {name for name in files[0] ^ files[1] if "tfevents" not in name}
+    assert differ == {"step-000008", "step-000009"}
+
+
+def test_two_machines_share_a_step_and_get_the_numbers_of_one(tmp_path, run_alone):
+    """Two launchers that meet at an address, as on two machines; the run's folder is on the first one alone.
+
+    With two groups in each, sums are rounded in another order, and AdamW divides small gradients by their own size.
+    """
+    settings = {"groups_per_step": 4, "max_steps": 3, "eval_limit": 5, "loss_type": "dapo"}
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    machines = []
+    for rank in ("0", "1"):
+        launcher = ("--num_machines", "2", "--machine_rank", rank, "--num_processes", "2")
+        launcher += ("--main_process_ip", "127.0.0.1", "--main_process_port", port)
+        machines.append(launch("watch", tmp_path / f"machine-{rank}", launcher=launcher, **settings))
+    expected = run_alone(process_scenarios.watch, tmp_path / "one", **settings)
+    results = [finished(machine) for machine in machines]
+    assert [result.returncode for result in results] == [0, 0], results[0].stderr[-3000:] + results[1].stderr[-3000:]
+    assert_same_rows(rows_of(tmp_path / "machine-0"), expected)
+    assert adapters_differ_by(tmp_path / "machine-0", tmp_path / "one") < 1e-5
+    for step, alone in zip(watched(tmp_path / "machine-0", 0), watched(tmp_path / "one", 0), strict=True):
+        torch.testing.assert_close(step[1], alone[1], atol=1e-6, rtol=1e-5)
+    rows = json.loads((tmp_path / "machine-0" / "evaluation.json").read_text())["rows"]["after"]
+    assert [row["id"] for row in rows] == [f"scenes-heldout-0-{index}" for index in range(5)]
+    assert [path.name for path in (tmp_path / "machine-1").iterdir()] == ["watched-1.pt"]
+
+
+def test_a_killed_process_ends_the_run_within_a_minute_and_leaves_the_checkpoint(tmp_path):
+    result = finished(launch("kill", tmp_path / "run", eval_limit=1, save_steps=1))
+    seconds = time.time() - float((tmp_path / "run" / "when").read_text())
+    assert result.returncode != 0 and seconds < 60
+    assert "Signal 9 (SIGKILL)" in result.stderr and "rank      : 1" in result.stderr
+    assert newest_checkpoint(tmp_path / "run").name == "step-000001"
+    assert len(rows_of(tmp_path / "run")) == 1 and not (tmp_path / "run" / "adapter").exists()
+
+
+def test_one_bit_that_differs_between_processes_is_found_before_it_is_saved(tmp_path):
+    result = finished(launch("drift", tmp_path / "run", eval_limit=1, save_steps=1))
+    assert result.returncode != 0
+    text = "after step 2 the processes [1] have other weights than process 0, first in base_model.model."
+    assert result.stderr.count(text) == 1
+    assert newest_checkpoint(tmp_path / "run").name == "step-000001"
+
+
+def test_a_model_in_shares_trains_saves_and_goes_on_as_a_whole_one(tmp_path, run_alone):
+    """FSDP2 with gradient checkpointing: the same updates, half of the layers' weights, a checkpoint that is whole."""
+    settings = {"gradient_checkpointing": True, "groups_per_step": 2, "eval_limit": 3, "save_steps": 1}
+    launcher, run, alone = ("--config_file", "configs/accelerate_fsdp.yaml"), tmp_path / "run", tmp_path / "one"
+    first = launch("shares", run, launcher=launcher, max_steps=1, **settings)
+    expected = run_alone(process_scenarios.watch, alone, max_steps=2, **settings)
+    result = finished(first)
+    assert result.returncode == 0, result.stderr[-3000:]
+    for process in (0, 1):
+        size = json.loads((run / f"shares-{process}.json").read_text())
+        assert size["here"] == size["whole"] - size["layers"] / 2 and size["layers"] > size["whole"] / 4
+    result = finished(launch("shares", run, launcher=launcher, resume=True, max_steps=2, **settings))
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert_same_rows(rows_of(run), expected)
+    (found,) = watched(run, 0)
+    torch.testing.assert_close(found, watched(alone, 0)[1], atol=1e-6, rtol=0)
+    for step in ("step-000001", "step-000002"):
+        assert adapters_differ_by(*(folder / "checkpoints" / step for folder in (run, alone))) < 1e-6
+    evaluations = [json.loads((folder / "evaluation.json").read_text())["rows"]["after"] for folder in (run, alone)]
+    assert [row["text"] for row in evaluations[0]] == [row["text"] for row in evaluations[1]]
+
+
+# --- without a launcher ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_the_first_process_speaks_and_another_waits_before_it_tells_of_a_problem(monkeypatch, capsys, number):
+    """Every message came as many times as there are processes."""
+    slept = []
+    monkeypatch.setattr(config.time, "sleep", slept.append)
+    monkeypatch.setattr(sys, "argv", ["train_rl.py"])
+    monkeypatch.setenv("LOCAL_RANK", str(number))
+    monkeypatch.setenv("RANK", str(number + 4))
+
+    def main(_):
+        print("said")
+        print("warned", file=sys.stderr)
+        raise ConfigError("seed=-1: give 0 or more")
+
+    with pytest.raises(SystemExit) as stopped:
+        run_command(Config, main)
+    out, err = capsys.readouterr()
+    if number:
+        assert (out, err, len(slept)) == ("", "", 1)
+        assert stopped.value.code == "train_rl.py, process 5: seed=-1: give 0 or more"
+    else:
+        assert (out, err, len(slept)) == ("said\n", "warned\n", 0)
+        assert stopped.value.code == "train_rl.py: seed=-1: give 0 or more"
+
+
+@pytest.mark.parametrize(
+    ("environment", "settings", "message"),
+    [
+        ({"FSDP_VERSION": "1"}, {}, "fsdp_version=1: give 2"),
+        ({"FSDP_VERSION": "2"}, {"load_in_4bit": True}, "load_in_4bit: 4-bit weights cannot be held in shares"),
+        ({"FSDP_CPU_RAM_EFFICIENT_LOADING": "true"}, {}, "fsdp_cpu_ram_efficient_loading=true: give false"),
+        ({}, {}, "2 processes were started, of which Accelerate knows 1"),
+    ],
+)
+def test_what_cannot_be_shared_out_is_said_at_once(monkeypatch, tmp_path, environment, settings, message):
+    """Where Accelerate knows of one process each, they trained alone into one folder."""
+    monkeypatch.setattr("processes.Accelerator", lambda **_: type("One", (), {"num_processes": 1}))
+    for name, value in {"WORLD_SIZE": "2", "ACCELERATE_USE_FSDP": "true", **environment}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError, match=message):
+        train_rl.main(Config(**(SMALL | settings | {"output_dir": str(tmp_path / "run")})))
+
+
+def test_groups_that_teach_nothing_are_told_once():
+    metrics, told = {"empty_completions": 0.75, "identical_groups": 0.5}, set()
+    (note,) = step_notes(3, metrics, {}, told)
+    assert note.startswith("step 3: 75% of the completions are empty")
+    (note,) = step_notes(4, metrics | {"identical_groups": 1.0}, {}, told)
+    assert note.startswith("step 4: 100% of the groups have one and the same completion")
+    assert step_notes(5, metrics | {"identical_groups": 1.0}, {}, told) == []
