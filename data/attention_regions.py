@@ -115,7 +115,7 @@ def region_settings(model, config) -> dict:
 
 
 def region_layers(model, config) -> list[int]:
-    """The layers that config names, all with softmax attention by default. Raises PolicyError when there is none."""
+    """The layers that config names, all with softmax attention by default. Raises ConfigError for one it lacks."""
     if config.region_layers is None:
         return [layer for layer, kind in enumerate(layer_types(model)) if kind != "linear_attention"]
     try:
@@ -190,7 +190,8 @@ def attention_regions(model, processor, examples: Examples, indices: Iterable[in
     state.wait_for_everyone()  # every process has read the file before one of them goes on writing it
     if missing and state.is_main_process:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.with_suffix(".settings.json").write_text(json.dumps(settings, indent=1, ensure_ascii=False), "utf-8")
+        readable = json.dumps(settings, indent=1, ensure_ascii=False)
+        path.with_suffix(".settings.json").write_text(readable, encoding="utf-8")
         _drop_cut_line(path)
         known = {row["id"] for row in stored.values()}
         changed = [identifiers[index] for index in missing if identifiers[index] in known]

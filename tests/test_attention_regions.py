@@ -183,7 +183,7 @@ def test_the_adapter_is_off_and_own_boxes_are_not_looked_at(policies, model_fold
     assert [found[i]["boxes"] for i in range(4)] == [expected.regions[row["id"]][0] for row in data]
     trained = [question_and_generic_attention(m, processor, examples[0], None, [0, 1, 2]) for m in (model, plain)]
     assert abs(trained[0][0] - trained[1][0]).max() > 1e-5  # the adapter would have made a difference
-    assert len({len(path.read_text()) for path in tmp_path.glob("*/*.jsonl")}) == 1
+    assert len({len(path.read_text(encoding="utf-8")) for path in tmp_path.glob("*/*.jsonl")}) == 1
 
 
 def bare_rows(folder: Path, count: int = 6, **more) -> str:
@@ -240,9 +240,9 @@ def test_a_stopped_computation_goes_on_and_leaves_the_same_files(folder, monkeyp
 
 def test_what_is_kept_names_the_model_and_its_settings(folder):
     regions.main(small_config(folder, bare_rows(folder)))
-    rows = [json.loads(line) for line in kept_file(folder).read_text().splitlines()]
+    rows = [json.loads(line) for line in kept_file(folder).read_text(encoding="utf-8").splitlines()]
     assert [row["id"] for row in rows] == ["0", "1", "2", "3", "4", "5"]
-    settings = json.loads(kept_file(folder).with_suffix(".settings.json").read_text())
+    settings = json.loads(kept_file(folder).with_suffix(".settings.json").read_text(encoding="utf-8"))
     assert settings["generic_question"] == GENERIC_QUESTION and settings["region_layers"] == [0, 1, 2, 3]
     assert {row["settings"] for row in rows} == {regions.short_hash(settings)}
     assert {row["model"] for row in rows} == {settings["model"]} == {"data/tiny_policy"}
@@ -283,7 +283,7 @@ def test_other_weights_under_the_same_name_are_noticed(folder, monkeypatch, mode
 def test_changed_examples_are_computed_again_and_said(folder, monkeypatch, capsys):
     data, asked = bare_rows(folder, 3), count_calls(monkeypatch)
     regions.main(small_config(folder, data))
-    text = Path(data).read_text()
+    text = Path(data).read_text(encoding="utf-8")
     Path(data).write_text(text.replace("What is 1?", "Where is 1?"))
     regions.main(small_config(folder, data))
     assert asked == ["0", "1", "2", "1"] and "1 examples changed, the first is '1'" in capsys.readouterr().out
@@ -297,7 +297,7 @@ def test_a_file_of_other_settings_is_refused(folder):
     data = bare_rows(folder, 2)
     regions.main(small_config(folder, data))
     path = kept_file(folder)
-    path.write_text(path.read_text().replace('"settings": "', '"settings": "x'))
+    path.write_text(path.read_text(encoding="utf-8").replace('"settings": "', '"settings": "x'))
     with pytest.raises(ConfigError, match="2 of 2 lines were made with other settings, the first is '0'"):
         regions.main(small_config(folder, data))
 
@@ -325,7 +325,9 @@ def test_what_is_written_is_a_data_set(folder, tmp_path, capsys):
     regions.main(small_config(folder, data))
     loaded = load_examples(str(folder / "out.jsonl"))  # requires boxes, and finds them
     assert [row["id"] for row in loaded] == ["one", "two"] and loaded[0]["choices"] == ["red", "blue"]
-    kept = {row["id"]: row["boxes"] for row in map(json.loads, kept_file(folder).read_text().splitlines())}
+    kept = {
+        row["id"]: row["boxes"] for row in map(json.loads, kept_file(folder).read_text(encoding="utf-8").splitlines())
+    }
     assert loaded[0]["boxes"] == kept["one"][0] and loaded[1]["boxes"] == kept["two"]
     assert loaded[0]["regions"]["model"] == "data/tiny_policy"
     assert "against the data's own regions" not in capsys.readouterr().out
@@ -382,7 +384,9 @@ def test_training_without_any_boxes_and_again_from_what_is_kept(folder, monkeypa
     assert resumed[:2] == rows and len(resumed) == 4
     assert len(asked) == len({example_index(0, position, 9) for position in range(8)})
     # Boxes that the data has change nothing.
-    boxed = write_jsonl(folder, *(json.loads(line) | {"boxes": [[0, 0, 9, 9]]} for line in Path(data).open()))
+    boxed = write_jsonl(
+        folder, *(json.loads(line) | {"boxes": [[0, 0, 9, 9]]} for line in Path(data).open(encoding="utf-8"))
+    )
     assert run(tmp_path / "three", **settings | {"data": boxed}) == rows
     assert run(tmp_path / "four", **settings | {"data": boxed, "regions": "boxes"}) != rows
 
@@ -412,9 +416,12 @@ def test_two_processes_share_the_work_and_keep_the_same_regions(folder, tmp_path
     arguments.append("--report_to=none")
     result = subprocess.run([*command, *arguments], env=environment, capture_output=True, text=True, timeout=600)
     assert result.returncode == 0, result.stderr[-3000:]
-    kept = [next((tmp_path / name).glob("*.jsonl")).read_text().splitlines() for name in ("kept_one", "kept_two")]
+    kept = [
+        next((tmp_path / name).glob("*.jsonl")).read_text(encoding="utf-8").splitlines()
+        for name in ("kept_one", "kept_two")
+    ]
     assert sorted(kept[0]) == sorted(kept[1]) and len(kept[1]) >= 6
-    found = [json.loads(line) for line in (tmp_path / "two" / "metrics.jsonl").read_text().splitlines()]
+    found = [json.loads(line) for line in (tmp_path / "two" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     for row, other in zip(rows, found, strict=True):
         assert other["reward/attention"] == pytest.approx(row["reward/attention"], rel=1e-4, abs=1e-5)
 
