@@ -300,6 +300,8 @@ def train(config: Config, accelerator, run, stop) -> None:
     resolve_layers(model, config.attention_layers)
     for data in filter(None, (examples, held_out)):
         check_prompts(model, processor, data, config, config.max_new_tokens)
+    made = made_from(config, examples, held_out, model, str(compute_dtype(model)), accelerator)
+    notes = check_made_from(run, config, made)
     if config.regions == "attention":  # held-out data keeps its own: TAS is measured against those
         positions = range(config.max_steps * config.groups_per_step)
         used = {example_index(config.seed, position, len(examples)) for position in positions}
@@ -319,8 +321,6 @@ def train(config: Config, accelerator, run, stop) -> None:
     scheduler = get_scheduler(config.lr_scheduler, optimizer, config.warmup_steps, config.max_steps)
     beta = AdaptiveBeta(config.beta, config.kl_target)
     parts = {"optimizer": optimizer, "scheduler": scheduler, "scaler": scaler, "beta": beta}
-    made = made_from(config, examples, held_out, model, str(compute_dtype(model)), accelerator)
-    notes = check_made_from(run, config, made)
     start, skipped_in_a_row = load_state(run.checkpoint, parts) if run.checkpoint else (0, 0)
     notes += check_space(config, run, parameters, start)
     stop.last_step = start
