@@ -10,6 +10,7 @@ import json
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -33,7 +34,7 @@ from checkpoint import (
 from config import ConfigError, stored_config
 from evaluate import digest
 from saving import RowFile, insist
-from tables import with_nan
+from tables import METRICS, with_nan
 
 try:
     import fcntl
@@ -46,6 +47,7 @@ WHEN_EXAMPLES_ARE_THE_SAME = ("data", "eval_data")  # data may be moved, to anot
 MUST_STAY = ("examples", "eval_examples", "model", "adapter", "number_format")  # of run.json
 SHOULD_STAY = ("device", "processes", "versions")  # of run.json: where they change, the last bits may differ
 FILES = ("metrics.jsonl", "samples.jsonl")
+PATIENCE = 60  # seconds for a process that was told to stop, or whose launcher is gone, to save and end
 
 
 @dataclass
@@ -142,15 +144,22 @@ def _hold(run: Run) -> None:
     """Keep others out as long as this process lives: a launcher that is killed leaves its child at work."""
     if fcntl is None or run.lock is not None:
         return
-    run.lock = os.open(run.folder, os.O_RDONLY)
-    try:
-        fcntl.flock(run.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:  # others: a file system that has no locks
-        if error.errno in (errno.EAGAIN, errno.EACCES):
-            raise ConfigError(
-                f"output_dir={str(run.folder)!r}: another process is at work in it, which may be one whose launcher "
-                "was killed; wait for it, or end it"
-            ) from error
+    run.lock, end, is_told = os.open(run.folder, os.O_RDONLY), time.monotonic() + PATIENCE, False
+    while True:
+        try:
+            return fcntl.flock(run.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno not in (errno.EAGAIN, errno.EACCES):
+                return  # a file system that has no locks
+            if time.monotonic() >= end:
+                raise ConfigError(
+                    f"output_dir={str(run.folder)!r}: another process is at work in it, which may be one whose "
+                    "launcher was killed; wait for it, or end it"
+                ) from error
+        if not is_told:
+            print(f"output_dir: another process is at work in {str(run.folder)!r}; waiting {PATIENCE} s for its end")
+        is_told = True
+        time.sleep(0.2)
 
 
 def _compare_settings(path: Path, run: Run, config) -> None:
@@ -301,9 +310,13 @@ def former_evaluations(run: Run, max_steps: int) -> tuple[list[dict] | None, lis
     if not run.former and not run.checkpoint:
         return None, None
     before, after = (stored_json(run.folder / name) for name in ("evaluation_before.json", "evaluation.json"))
-    is_of_the_end = isinstance(after, dict) and after.get("step") == max_steps
-    is_of_the_end = is_of_the_end and run.checkpoint and step_of(run.checkpoint) == max_steps
-    return (
-        with_nan(before) if isinstance(before, list) else None,
-        with_nan(after["rows"]["after"]) if is_of_the_end else None,
-    )
+    is_at_the_end = run.checkpoint is not None and step_of(run.checkpoint) == max_steps
+    if not is_at_the_end or not isinstance(after, dict) or after.get("step") != max_steps:
+        after = {}
+    rows = before, after["rows"].get("after") if isinstance(after.get("rows"), dict) else None
+    return tuple(with_nan(part) if isinstance(part, list) and all(map(_is_row, part)) else None for part in rows)
+
+
+def _is_row(value) -> bool:
+    """Whether a value can be an evaluation's row."""
+    return isinstance(value, dict) and {"id", *METRICS} <= value.keys()

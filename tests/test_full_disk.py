@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 from collections import namedtuple
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -152,6 +153,23 @@ def test_the_planned_size_of_a_checkpoint_is_that_on_the_disk(undisturbed):
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     found = sum(path.stat().st_size for path in (undisturbed / "checkpoints/step-000004").rglob("*") if path.is_file())
     assert 0.8 * found < checkpoint.checkpoint_bytes(parameters, "adamw") < 1.5 * found
+
+
+@pytest.mark.parametrize("kind", ["read-only", "full"])
+def test_a_disk_that_takes_nothing_is_an_error_before_training(undisturbed, small_disk, monkeypatch, kind):
+    disk = small_disk(4_000_000)
+    if disk is None:  # no right to mount
+        return
+    folder = copy_until(undisturbed, disk / "run", 2)
+    if kind == "full":
+        with suppress(OSError):
+            (disk / "ballast").write_bytes(b"x" * 4_000_000)
+    else:
+        subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
+    monkeypatch.setattr(train_rl, "train", None)  # nothing is loaded
+    for place, settings in ((folder, {"resume": True}), (disk / "new" / "run", {})):
+        with pytest.raises(ConfigError, match="is no folder that can be written to: .*(Read-only|No space left)"):
+            run(place, **settings)
 
 
 def test_a_real_full_disk_in_the_middle_of_a_run(undisturbed, small_disk, monkeypatch, capfd):

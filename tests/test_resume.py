@@ -277,21 +277,37 @@ def test_a_finished_run_goes_on_to_more_steps(tmp_path, capsys):
     assert_equal(tmp_path / "two" / "run", tmp_path / "whole" / "run")
 
 
-def test_two_processes_do_not_write_in_one_folder(undisturbed, tmp_path):
+def test_two_processes_do_not_write_in_one_folder(undisturbed, tmp_path, monkeypatch, capsys):
     """A launcher that is killed leaves its child at work, and the next start went to work beside it."""
     folder = copy_until(undisturbed, tmp_path / "run", 2)
     lock = f"fcntl.flock(os.open({str(folder)!r}, os.O_RDONLY), fcntl.LOCK_EX)"
-    code = f"import fcntl, os, time; {lock}; print(flush=True); time.sleep(60)"
-    other = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
+    code = f"import fcntl, os, sys; {lock}; print(flush=True); sys.stdin.read()"
+    other = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     try:
         other.stdout.readline()
-        with pytest.raises(ConfigError, match="another process is at work in it"):
+        with monkeypatch.context() as patch, pytest.raises(ConfigError, match="another process is at work in it"):
+            patch.setattr(run_folder, "PATIENCE", 0)
             run(folder, resume=True)
+        monkeypatch.setattr(run_folder.time, "sleep", lambda seconds: (other.stdin.close(), other.wait()))
+        run(folder, resume=True)  # waits for its end
     finally:
         other.kill()
         other.wait()
+    assert "waiting 60 s for its end" in capsys.readouterr().out
+    assert_equal(folder, undisturbed)
+
+
+@pytest.mark.parametrize("content", ["", '[{"id": 1}]', '{"step": 4, "rows": {"after": [3]}}'])
+def test_a_damaged_evaluation_is_made_again_or_told_of(undisturbed, tmp_path, capsys, content):
+    folder = copy_until(undisturbed, tmp_path / "run", 4)
+    (folder / "evaluation.json").write_text(content)
     run(folder, resume=True)
     assert_equal(folder, undisturbed)
+    folder = copy_until(undisturbed, tmp_path / "again" / "run", 3)
+    (folder / "evaluation_before.json").write_text(content)
+    run(folder, resume=True)
+    assert "evaluation_before.json is missing or damaged" in capsys.readouterr().out
+    assert list(json.loads((folder / "evaluation.json").read_text())["summary"]) == ["after"]
 
 
 # --- what a run was made from ---------------------------------------------------------------------------------------
