@@ -404,10 +404,11 @@ def test_skipped_steps_are_counted_over_a_stop(undisturbed, tmp_path, monkeypatc
 
 
 def test_a_beta_that_follows_kl_goes_on_from_where_it_was(tmp_path):
+    whole, resumed = (tmp_path / name / "run" for name in ("whole", "resumed"))  # the card has the folder's name
     settings = {"kl_target": 1e-6, "beta": 1e-3}
-    run(tmp_path / "whole", **settings)
-    betas = [row["beta"] for _, row in read_jsonl(tmp_path / "whole" / "metrics.jsonl")]
+    run(whole, **settings)
+    betas = [row["beta"] for _, row in read_jsonl(whole / "metrics.jsonl")]
     assert betas[2:] == [1e-3, 2e-3], "doubled behind step 3, whose checkpoint must say so"
-    copy_until(tmp_path / "whole", tmp_path / "resumed", 3)
-    run(tmp_path / "resumed", resume=True, **settings)
-    assert_equal(tmp_path / "resumed", tmp_path / "whole")
+    copy_until(whole, resumed, 3)
+    run(resumed, resume=True, **settings)
+    assert_equal(resumed, whole)
