@@ -7,6 +7,9 @@ from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Of this process and of those that tests start: sums over two threads are not those over one, and several processes
+# of several threads each wait for each other.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 import datasets
 import pytest

@@ -1,0 +1,221 @@
+"""The paper's claims in miniature: a grid of settings x seeds through train_rl.py and evaluate.py, on the scenes.
+
+    python ablate.py                          # what is missing of the grid, two runs at a time; then table and figure
+    python ablate.py --only attention full    # some rows of it
+    python ablate.py --report                 # table, figure and claims again, from the JSON files alone
+
+Every run is training as train_rl.main does it, then greedy answers to examples of three sets. A finished run is one
+JSON file in OUTPUT_DIR/runs; a run that has its file is not done again, and one that was stopped goes on from its
+last checkpoint. Rows are measured alike: TAS of the last layer, whatever the row was rewarded for.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+from tqdm import tqdm
+
+from claims import report_grid
+from config import ConfigError, at_least, option, run_command
+
+# Row: settings that differ from train_rl.py's defaults, or None for the policy before training.
+ATTENTION = {"accuracy_weight": 0.0}  # attention + format, the paper's main model
+FAST = {"learning_rate": 1e-3}  # where attention + format is gamed
+GRID: dict[str, dict | None] = {
+    "base": None,
+    "attention": ATTENTION,
+    "accuracy": {"attention_weight": 0.0},
+    "full": {},
+    "top-20": ATTENTION | {"top_fraction": 0.2},
+    "top-40": ATTENTION | {"top_fraction": 0.4},
+    "top-100": ATTENTION | {"top_fraction": 1.0},
+    "random-30": ATTENTION | {"attention_tokens": "random"},
+    "layer-0": ATTENTION | {"attention_layers": [0]},
+    "layer-2": ATTENTION | {"attention_layers": [2]},
+    "layers-all": ATTENTION | {"attention_layers": [0, 1, 2, 3]},
+    "predictor": ATTENTION | {"attention_query": "predictor"},
+    "beta-0": ATTENTION | {"beta": 0.0},
+    "beta-1e-2": ATTENTION | {"beta": 1e-2},
+    "lr-5e-5": ATTENTION | {"learning_rate": 5e-5},
+    "fast": ATTENTION | FAST,
+    "fast-gate": ATTENTION | FAST | {"attention_gate": True},
+    "fast-border": ATTENTION | FAST | {"border_mask": True},
+    "fast-kl-target": ATTENTION | FAST | {"kl_target": 0.05},
+    "fast-full": FAST,
+    "fast-full-normalized": FAST | {"attention_normalized": True},
+    "region": {"attention_weight": 0.0, "accuracy_weight": 0.0, "region_weight": 1.0},
+    "memory": {"attention_weight": 0.0, "accuracy_weight": 0.0, "memory_weight": 1.0},
+    "ease": {"attention_weight": 0.0, "ease_weight": 1e-3},
+    "no-boxes": ATTENTION | {"regions": "attention"},
+}
+SETS = {
+    "validation": "same distribution",
+    "heldout": "held-out combinations of attributes",
+    "newtype": "a question type never trained on",
+}
+LOGGED = ("kl", "entropy", "completion_length", "reward/tas", "reward/attention", "reward/format", "reward/accuracy")
+LOGGED += ("advantage_share/attention", "advantage_share/format", "advantage_share/accuracy")
+LAST_STEPS = 10  # training figures are means over so many steps at the end
+TOKENS_OF = 200  # examples whose scored tokens are counted
+NUM_TOKENS = 12  # of them, so many are kept
+
+
+@dataclass
+class AblateConfig:
+    """Run a grid of settings and seeds, and report it."""
+
+    output_dir: str = option("ablation", "Folder of the finished runs' JSON files, the table and the figure.")
+    work_dir: str = option("runs/ablation", "Folder of checkpoints and logs; can be deleted when the grid is done.")
+    only: list[str] | None = option(None, "Rows of the grid: some of ablate.GRID. All by default.")
+    seeds: int = option(5, "Runs of each row, seeds 0, 1, ...; the base has one, since nothing of it is random.")
+    max_steps: int = option(100, "Optimizer steps of each run.")
+    limit: int = option(1000, "Examples of each of the three sets.")
+    processes: int = option(2, "Runs at a time, one thread each.")
+    report: bool = option(False, "Only make the table, the figure and the claims from what is there.")
+    run: str | None = option(None, "Do this one run here, as row/seed: attention/3. What the other processes do.")
+
+    def problems(self) -> list[str]:
+        found = at_least(self, 1, "seeds", "max_steps", "limit", "processes")
+        known = ", ".join(GRID)
+        found += [f"only={name!r}: rows of the grid are {known}" for name in self.only or () if name not in GRID]
+        name, _, seed = (self.run or "base/0").partition("/")
+        if name not in GRID or not seed.isdecimal():
+            found.append(f"run={self.run!r}: give row/seed, such as attention/0; rows are {known}")
+        return found
+
+    def runs(self) -> list[tuple[str, int]]:
+        """Every (row, seed), one seed of all rows before the next: a part of the grid is a whole comparison."""
+        rows = [name for name in GRID if name in (self.only or GRID)]
+        return [(name, seed) for seed in range(self.seeds) for name in rows if GRID[name] is not None or seed == 0]
+
+    def result(self, name: str, seed: int) -> Path:
+        return Path(self.output_dir) / "runs" / f"{name}-{seed}.json"
+
+
+# --- one run ------------------------------------------------------------------------------------------------------
+
+
+def train(name: str, seed: int, config: AblateConfig) -> tuple[str, dict]:
+    """(adapter, training figures) of a run: means over its last steps, and curves of every tenth step."""
+    import train_rl
+
+    folder = Path(config.work_dir) / f"{name}-{seed}"
+    settings = GRID[name] | {"seed": seed, "max_steps": config.max_steps, "output_dir": str(folder)}
+    settings |= {"eval_data": "none", "report_to": "none", "try_biggest": False}
+    if not (folder / "adapter" / "adapter_config.json").exists():
+        train_rl.main(train_rl.Config(**settings, resume=(folder / "config.yaml").exists()))
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    figures = {}
+    for metric in LOGGED:
+        values = [row[metric] for row in rows[-LAST_STEPS:] if row.get(metric) is not None]
+        figures[metric] = round(sum(values) / len(values), 5) if values else None
+    every = [row for row in rows if row["step"] % 10 == 0 or row["step"] == 1]
+    figures["curves"] = {metric: [_rounded(row.get(metric)) for row in every] for metric in ("step", *LOGGED)}
+    return str(folder / "adapter"), figures
+
+
+def evaluate_sets(adapter: str | None, limit: int) -> tuple[dict, list]:
+    """({set: {metric: mean}}, the most frequent scored tokens as [text, share of all, mean TAS]) of a policy."""
+    from answers import ask
+    from data.examples import load_examples
+    from evaluate import METRICS, EvaluateConfig, evaluate_policy
+    from reward import target_attention_score
+    from tables import summarize
+    from vlm import load_policy
+
+    config = EvaluateConfig(adapter=adapter)
+    model, processor = load_policy(**config.policy_arguments(lora_rank=0))
+    model.requires_grad_(False)
+    found = {}
+    for name in SETS:
+        examples = load_examples(f"scenes:{name}", **config.data_arguments() | {"limit": limit}, require_boxes=False)
+        rows = evaluate_policy(model, processor, examples, config, description=name)
+        summary = summarize(rows)
+        found[name] = {metric: _rounded(summary[metric][0]) for metric in METRICS} | {"examples": len(rows)}
+    examples = load_examples("scenes:validation", **config.data_arguments() | {"limit": min(limit, TOKENS_OF)})
+    counts, scores = Counter(), {}
+    for answer in ask(model, processor, examples, config, "tokens"):
+        for at in answer.scored:
+            text = answer.tokens[at].strip()
+            counts[text] += 1
+            target, image = answer.target_attention[at : at + 1], answer.image_attention[at : at + 1]
+            scores.setdefault(text, []).append(target_attention_score(target, image))
+    tokens = [
+        [text, round(count / counts.total(), 4), round(sum(scores[text]) / count, 4)]
+        for text, count in counts.most_common(NUM_TOKENS)
+    ]
+    return found, tokens
+
+
+def do_run(name: str, seed: int, config: AblateConfig) -> None:
+    """Train and evaluate one run, and write its JSON file, whole."""
+    begin, adapter, figures = time.time(), None, {}
+    if GRID[name] is not None:
+        adapter, figures = train(name, seed, config)
+    sets, tokens = evaluate_sets(adapter, config.limit)
+    result = {"row": name, "seed": seed, "settings": GRID[name], "max_steps": config.max_steps if adapter else 0}
+    result |= {"seconds": round(time.time() - begin), "training": figures, "sets": sets, "tokens": tokens}
+    result["versions"] = {package: version(package) for package in ("torch", "transformers", "peft")}
+    path = config.result(name, seed)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_suffix(".partial")
+    lines = [f"{json.dumps(name)}: {json.dumps(value)}" for name, value in result.items()]
+    aside.write_text("{" + ",\n ".join(lines) + "}\n", encoding="utf-8")
+    aside.replace(path)
+
+
+def _rounded(value: float | None) -> float | None:
+    return None if value is None or value != value else round(value, 5)
+
+
+# --- the grid -----------------------------------------------------------------------------------------------------
+
+
+def start_run(name: str, seed: int, config: AblateConfig) -> str | None:
+    """One run in a process of its own with one thread; None, or where it says what went wrong."""
+    log = Path(config.work_dir) / f"{name}-{seed}.log"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, str(Path(__file__)), "--run", f"{name}/{seed}", "--output_dir", config.output_dir]
+    command += ["--work_dir", config.work_dir, "--max_steps", str(config.max_steps), "--limit", str(config.limit)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    with log.open("w", encoding="utf-8") as file:
+        done = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, env=environment)
+    return f"{name}/{seed} ended with exit code {done.returncode}: see {log}" if done.returncode else None
+
+
+def main(config: AblateConfig) -> None:
+    if config.run:
+        name, seed = config.run.split("/")
+        do_run(name, int(seed), config)
+        return
+    runs, failed = config.runs(), []
+    missing = [] if config.report else [run for run in runs if not config.result(*run).exists()]
+    with (
+        ThreadPoolExecutor(config.processes) as pool,
+        tqdm(total=len(runs), initial=len(runs) - len(missing), desc="grid", unit="run") as progress,
+    ):
+        futures = {pool.submit(start_run, *run, config): run for run in missing}
+        try:
+            for future in as_completed(futures):
+                if problem := future.result():
+                    failed.append(problem)
+                    progress.write(problem)
+                progress.set_postfix_str("/".join(map(str, futures[future])), refresh=False)
+                progress.update()
+        except KeyboardInterrupt:
+            pool.shutdown(wait=False, cancel_futures=True)  # the two that run got the interrupt, too
+            raise
+    print(report_grid(Path(config.output_dir), list(GRID), SETS))
+    if failed:
+        raise ConfigError("\n".join([*failed, "the same command does again what is missing"]))
+
+
+if __name__ == "__main__":
+    run_command(AblateConfig, main)

@@ -1,0 +1,179 @@
+"""The grid: its settings, its runs through the real commands, and what is made of their results."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import ablate
+import claims
+from ablate import GRID, SETS, AblateConfig
+from claims import CLAIMS, MARKERS, NOT_THE_PAPERS, Claim, claims_table, correlation, t_interval, verdict
+from config import ConfigError, read_config
+from train_rl import Config
+
+
+def test_every_row_is_a_valid_config_and_every_claim_compares_rows():
+    for name, settings in GRID.items():
+        if settings is not None:
+            assert Config(**settings).problems() == [], name
+    for claim in CLAIMS + NOT_THE_PAPERS:
+        assert claim.better in GRID and claim.worse in GRID and claim.metric in ("accuracy", "tas")
+    compared = {row for claim in CLAIMS + NOT_THE_PAPERS for row in (claim.better, claim.worse)}
+    assert len({json.dumps(settings, sort_keys=True) for settings in GRID.values()}) == len(GRID), "no row twice"
+    assert {"base", "attention", "accuracy", "full", "top-20", "random-30"} <= compared
+
+
+def test_a_part_of_the_grid_is_a_whole_comparison():
+    runs = AblateConfig(only=["attention", "base", "full"], seeds=3).runs()
+    assert runs[:3] == [("base", 0), ("attention", 0), ("full", 0)], "every row of a seed before the next seed"
+    assert runs[3:] == [("attention", 1), ("full", 1), ("attention", 2), ("full", 2)], "nothing of the base is random"
+
+
+def test_what_cannot_be_is_named():
+    with pytest.raises(ConfigError) as error:
+        read_config(AblateConfig, ["--only", "atention", "--seeds", "0", "--run", "full"])
+    for words in ("only='atention': rows of the grid are base, attention", "seeds=0", "run='full': give row/seed"):
+        assert words in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ((1.0, 2.0, 3.0), (2.0, 2.484)),  # as a table of Student's t gives it
+        ((0.1, 0.1, 0.1, 0.1, 0.1), (0.1, 0.0)),
+        ((1.0, 3.0), (2.0, 12.706)),
+        ((4.0,), (4.0, float("inf"))),
+    ],
+)
+def test_intervals_of_students_t(values, expected):
+    assert t_interval(values) == pytest.approx(expected, abs=1e-3)
+
+
+def test_an_interval_holds_the_mean_as_often_as_it_says():
+    draws = np.random.default_rng(0).normal(3.0, 2.0, size=(4000, 5))
+    held = [abs(mean - 3.0) <= half for mean, half in map(t_interval, draws.tolist())]
+    assert 0.94 < np.mean(held) < 0.96
+
+
+@pytest.mark.parametrize(
+    ("differences", "expected"),
+    [
+        ([0.02, 0.03, 0.025], ("holds", "+2.5 ± 1.2")),
+        ([-0.02, -0.03, -0.025], ("does not hold", "-2.5 ± 1.2")),
+        ([-0.02, 0.03, 0.01], ("undecided", "+0.7 ± 6.3")),
+        ([0.04], ("undecided", "+4.0, one seed")),
+        ([], ("not run", "-")),
+    ],
+)
+def test_verdicts(differences, expected):
+    assert verdict(differences) == expected
+
+
+def result(row, seed, accuracy, tas=0.5):
+    numbers = {"accuracy": accuracy, "tas": tas, "length": 20.0, "format": 1.0}
+    training = {"kl": 0.01, "advantage_share/attention": 0.75, "advantage_share/format": 0.25}
+    return {
+        "row": row,
+        "seed": seed,
+        "settings": None if row == "base" else {},
+        "seconds": 1800,
+        "training": {} if row == "base" else training | {"advantage_share/accuracy": 0.0},
+        "sets": {name: numbers for name in SETS},
+        "tokens": [["look", 0.5, 0.8], ["", 0.25, 0.1]],
+    }
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch) -> Path:
+    """A grid of three rows as JSON files, and a page to write to."""
+    monkeypatch.chdir(tmp_path)
+    Path("ablation/runs").mkdir(parents=True)
+    found = [result("base", 0, 0.5)]
+    found += [result("attention", seed, 0.6 + 0.01 * seed, 0.7) for seed in range(3)]
+    found += [result("accuracy", seed, 0.5 + 0.01 * seed, 0.6) for seed in range(3)]
+    for one in found:
+        Path(f"ablation/runs/{one['row']}-{one['seed']}.json").write_text(json.dumps(one))
+    Path("RESULTS.md").write_text(f"# Page\n\n{MARKERS[0]}\nformer text\n{MARKERS[1]}\n\nThe end \\1.\n")
+    return Path("ablation")
+
+
+def test_the_report_is_made_of_the_files_alone(folder):
+    ablate.main(AblateConfig(report=True))
+    text = (folder / "table.md").read_text()
+    assert "7 runs, 3.5 hours" in text
+    assert "| `attention` | 3 | 61.0 ± 2.5 | 61.0 ± 2.5 | 61.0 ± 2.5 | 70.0 ± 0.0 |" in text
+    assert "| `base` | 1 | 50.0 | 50.0 |" in text and "| `full` | 0 | - |" in text
+    # Paired by seed: the same spread in both rows leaves no doubt about their difference.
+    assert "| `attention` − `accuracy` | **holds** +10.0 ± 0.0 |" in text
+    assert "| `attention` − `base` | **holds** +11.0 ± 2.5 |" in text
+    assert "| `accuracy` − `base` | **undecided** +1.0 ± 2.5 |" in text
+    assert "| `attention` | 75 ± 0 | 25 ± 0 | 0 ± 0 | `look` 50 %, 0.80, ` ` 25 %, 0.10 |" in text
+    page = Path("RESULTS.md").read_text()
+    assert text.strip() in page and "former text" not in page and page.endswith("The end \\1.\n")
+    assert (folder / "figure.png").stat().st_size > 10_000
+    ablate.main(AblateConfig(report=True))
+    assert Path("RESULTS.md").read_text() == page
+
+
+def test_another_folder_leaves_the_page_alone(folder):
+    folder.rename("other")
+    ablate.main(AblateConfig(report=True, output_dir="other"))
+    assert "former text" in Path("RESULTS.md").read_text() and Path("other/table.md").exists()
+
+
+def test_an_empty_folder_is_said_to_be_empty(tmp_path):
+    assert "no finished run" in claims.report_grid(tmp_path, list(GRID), SETS)
+
+
+def test_seeds_that_only_one_row_has_are_left_out():
+    results = {"full": {seed: result("full", seed, 0.6) for seed in (0, 1, 2)}}
+    results["fast"] = {seed: result("fast", seed, 0.5) for seed in (1, 2, 3)}
+    text = claims_table(results, [Claim("It is better", "", "full", "fast")], {"validation": ""})
+    assert "**holds** +10.0 ± 0.0" in text
+    assert claims.differences(results["full"], results["fast"], "sets", "validation", "accuracy") == pytest.approx(
+        [0.1, 0.1]
+    )
+
+
+@pytest.mark.parametrize(("slope", "word"), [(1, "holds"), (-1, "does not hold")])
+def test_correlation_of_tas_and_accuracy(slope, word):
+    places = np.linspace(0.4, 0.8, 12)
+    noise = 0.02 * np.random.default_rng(0).normal(size=12)
+    runs = {n: result("full", n, 0.5 + slope * (tas - 0.6) + noise[n], tas) for n, tas in enumerate(places)}
+    assert f"**{word}**, correlation {'+' if slope > 0 else '-'}0.9" in correlation(
+        {"full": runs}, {"validation": "same"}
+    )
+
+
+def test_the_grid_through_the_real_commands(tmp_path):
+    """Two rows in two processes; then a run whose file is gone is evaluated again, and not trained again."""
+    command = [sys.executable, "ablate.py", "--only", "base", "beta-0", "--seeds", "1", "--max_steps", "2"]
+    command += ["--limit", "4", "--output_dir", str(tmp_path / "out"), "--work_dir", str(tmp_path / "work")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stderr
+    runs = tmp_path / "out" / "runs"
+    assert sorted(path.name for path in runs.iterdir()) == ["base-0.json", "beta-0-0.json"]
+    found = json.loads((runs / "beta-0-0.json").read_text())
+    assert found["settings"] == {"accuracy_weight": 0.0, "beta": 0.0} and found["max_steps"] == 2
+    assert {part["examples"] for part in found["sets"].values()} == {4} and set(found["sets"]) == set(SETS)
+    assert found["training"]["advantage_share/accuracy"] == 0 and 0 < len(found["tokens"]) <= ablate.NUM_TOKENS
+    metrics = (tmp_path / "work" / "beta-0-0" / "metrics.jsonl").read_bytes()
+    before = (runs / "base-0.json").read_bytes()
+
+    (runs / "beta-0-0.json").unlink()
+    done = subprocess.run(command, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stderr
+    again = json.loads((runs / "beta-0-0.json").read_text())
+    assert again | {"seconds": 0} == found | {"seconds": 0}
+    assert (tmp_path / "work" / "beta-0-0" / "metrics.jsonl").read_bytes() == metrics
+    assert (runs / "base-0.json").read_bytes() == before
+
+
+def test_a_run_that_fails_is_named_and_the_others_go_on(tmp_path, monkeypatch):
+    monkeypatch.setattr(ablate, "start_run", lambda name, seed, config: "full/0 ended" if name == "full" else None)
+    with pytest.raises(ConfigError, match="full/0 ended\nthe same command does again what is missing"):
+        ablate.main(AblateConfig(only=["full", "fast"], seeds=1, output_dir=str(tmp_path)))
