@@ -12,7 +12,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -98,15 +98,6 @@ def open_run(config, accelerator) -> Iterator[Run]:
 
 
 def _look(run: Run, config) -> None:
-    existing = next(path for path in (run.folder, *run.folder.absolute().parents) if path.exists())
-    for place in {existing, *(folder for folder in (run.folder / "checkpoints",) if folder.exists())}:
-        try:
-            with tempfile.TemporaryFile(dir=place) as file:
-                file.write(b"x" * 4096)
-        except OSError as error:
-            raise ConfigError(
-                f"output_dir={config.output_dir!r}: {str(place)!r} is no folder that can be written to: {error}"
-            ) from error
     former = run.folder / "config.yaml"
     has_run = former.exists() or any(all_checkpoints(run.folder))
     if has_run and not config.resume:
@@ -116,7 +107,17 @@ def _look(run: Run, config) -> None:
         )
     if run.folder.exists():
         _hold(run)
-        remove_leftovers(run.folder)
+        with suppress(OSError):  # of a disk that takes nothing: that is said next
+            remove_leftovers(run.folder)  # first, since they may be what fills it
+    existing = next(path for path in (run.folder, *run.folder.absolute().parents) if path.exists())
+    for place in {existing, *(folder for folder in (run.folder / "checkpoints",) if folder.exists())}:
+        try:
+            with tempfile.TemporaryFile(dir=place) as file:
+                file.write(b"x" * 4096)
+        except OSError as error:
+            raise ConfigError(
+                f"output_dir={config.output_dir!r}: {str(place)!r} is no folder that can be written to: {error}"
+            ) from error
     if not config.resume:
         return
     if not former.exists():

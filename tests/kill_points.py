@@ -275,6 +275,8 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="of where and when they are killed")
     parser.add_argument("--kinds", nargs="+", default=KINDS, help="kill points, all by default")
     options = parser.parse_args()
+    # A shell's background job ignores Ctrl-C, and so would all that it starts.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     base, rng = Path(tempfile.mkdtemp(prefix="kill-points-")), random.Random(options.seed)
     order = []
     expected, seconds = {}, 0.0

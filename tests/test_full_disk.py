@@ -172,6 +172,19 @@ def test_a_disk_that_takes_nothing_is_an_error_before_training(undisturbed, smal
             run(place, **settings)
 
 
+def test_what_a_killed_save_left_does_not_fill_the_disk_for_the_next_start(undisturbed, small_disk):
+    """The folder was asked whether it can be written to before its leftovers were gone."""
+    disk = small_disk(4_000_000)
+    if disk is None:  # no right to mount
+        return
+    folder = copy_until(undisturbed, disk / "run", 3)
+    (folder / "checkpoints/step-000004.partial").mkdir()
+    with suppress(OSError):
+        (folder / "checkpoints/step-000004.partial/state.pt").write_bytes(b"x" * 4_000_000)
+    run(folder, resume=True)
+    assert_equal(folder, undisturbed)
+
+
 def test_a_real_full_disk_in_the_middle_of_a_run(undisturbed, small_disk, monkeypatch, capfd):
     """A file system that takes two checkpoints, and is given space while the last one is tried for the second time."""
     disk = small_disk(1_200_000)

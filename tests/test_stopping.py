@@ -17,6 +17,14 @@ from checkpoint import newest_checkpoint
 from stopping import Stopped, StopSignals
 
 
+@pytest.fixture(autouse=True)
+def ctrl_c_is_heeded():
+    """A shell's background job ignores Ctrl-C, and so would all that these tests start in one."""
+    former = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, former)
+
+
 def test_a_signal_gives_up_a_step_before_its_update_and_finishes_it_behind(undisturbed, tmp_path, monkeypatch, capfd):
 
     folder = tmp_path / "run"
