@@ -194,22 +194,15 @@ def same_mistake() -> None:
     train_rl.load_examples = loading
 
 
-def shares(before=lambda layers: None, after=lambda layers: None) -> None:
+def shares() -> None:
     """Write bytes of weights to shares-RANK.json: the whole model, its layers' frozen ones, what this process holds
-    after a step, and while it samples.
-
-    Args:
-        before, after: what happens to the decoder's layers around sampling.
-    """
+    when it has sampled, and after a step."""
     watch()
     step, sample, sizes = train_rl.train_step, train_rl.sample_groups, {}
 
     def sampled(model, *arguments, **options):
-        layers = base_model(model).model.get_decoder().layers
-        before(layers)
-        sizes["sampling"] = processes.bytes_here(model)
         groups = sample(model, *arguments, **options)
-        after(layers)
+        sizes["sampling"] = processes.bytes_here(model)
         return groups
 
     def measured(model, *arguments):
@@ -223,19 +216,6 @@ def shares(before=lambda layers: None, after=lambda layers: None) -> None:
         return result
 
     train_rl.train_step, train_rl.sample_groups = measured, sampled
-
-
-def gather(layers) -> None:
-    """All weights of all layers, until they are given back."""
-    for layer in layers:
-        layer.set_reshard_after_forward(False)
-        layer.unshard()
-
-
-def give_back(layers) -> None:
-    for layer in layers:
-        layer.set_reshard_after_forward(True)
-        layer.reshard()
 
 
 def shares_without_waiting() -> None:
@@ -261,7 +241,6 @@ SCENARIOS = {
     "drift": lambda: in_step(2, 1, drift),
     "same_mistake": same_mistake,
     "shares": shares,
-    "shares_gathered": lambda: shares(gather, give_back),
     "shares_without_waiting": shares_without_waiting,
 }
 
