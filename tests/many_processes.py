@@ -21,9 +21,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import tiny_models
 import torch
-from process_scenarios import SMALL, finished, launch, rows_of
+from process_scenarios import ONE, SMALL, finished, launch, rows_of
 
-ONE = ("--num_machines", "1", "--num_processes", "1")
 FSDP = ("--config_file", "configs/accelerate_fsdp.yaml")
 
 

@@ -26,6 +26,7 @@ from config import ConfigError, run_command
 from prompts import base_model
 
 RANK = int(os.environ.get("RANK", 0))
+ONE = ("--num_machines", "1", "--num_processes", "1")  # --multi_gpu is refused for one process
 SMALL = {
     "data": "scenes",
     "limit": 20,
@@ -46,7 +47,7 @@ SMALL = {
 def launch(scenario: str, folder: Path, *, launcher: tuple = ("--num_processes", "2"), env=None, **settings):
     """A started `accelerate launch`; settings are those of train_rl.Config, SMALL by default."""
     flags = [f"--{name}={value}" for name, value in (SMALL | {"output_dir": folder} | settings).items()]
-    if "--config_file" not in launcher:
+    if "--config_file" not in launcher and launcher != ONE:
         launcher = ("--multi_gpu", *launcher)
     if "--main_process_port" not in launcher:
         launcher = ("--main_process_port", "0", *launcher)
