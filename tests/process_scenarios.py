@@ -164,7 +164,9 @@ def in_step(number: int, process: int, action) -> None:
 
     def stepping(model, *arguments):
         if arguments[3] + 1 == number and process == RANK:
-            print(time.time(), file=open(Path(arguments[4].output_dir) / "when", "w", encoding="utf-8"))
+            folder = Path(arguments[4].output_dir)
+            folder.mkdir(exist_ok=True)  # on a second machine there is none
+            (folder / "when").write_text(str(time.time()), encoding="utf-8")
             action(model)
         return step(model, *arguments)
 
