@@ -145,7 +145,7 @@ class Turns:
 def share_out(model: nn.Module, accelerator) -> None:
     """Leave this process its share of every decoder layer's frozen weights, and move all that is left to its device.
 
-    The settings of Accelerate's plugin count: fsdp_reshard_after_forward and fsdp_offload_params.
+    Two settings of Accelerate's plugin count: fsdp_reshard_after_forward and fsdp_offload_params.
     """
     plugin, decoder = FullyShardedDataParallelPlugin(), base_model(model).model.get_decoder()
     mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))

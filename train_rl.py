@@ -3,6 +3,7 @@
     accelerate launch train_rl.py                                     # the embedded policy and scenes, on any machine
     accelerate launch train_rl.py --config configs/paper.yaml --model Qwen/Qwen3-VL-4B-Instruct --data mine.jsonl
     accelerate launch --num_processes 2 train_rl.py ...               # two GPUs: groups_per_step is shared out
+    accelerate launch --config_file configs/accelerate_fsdp.yaml train_rl.py ...   # the model is shared out, too
 
 Departures from the paper's released script: the group is one packed sequence in every stage, one optimizer step sees
 several groups, and every setting is a field of Config. README.md says how the defaults differ from configs/paper.yaml.

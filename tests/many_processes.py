@@ -21,9 +21,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import tiny_models
 import torch
-from process_scenarios import SMALL, finished, launch, rows_of
+from process_scenarios import ONE, SMALL, finished, launch, rows_of
 
-ONE = ("--num_machines", "1", "--num_processes", "1")
 FSDP = ("--config_file", "configs/accelerate_fsdp.yaml")
 
 
@@ -119,7 +118,7 @@ def shares(folder: Path) -> None:
     for name, scenario, launcher in (
         ("every process a copy", "shares", ("--num_processes", "2")),
         ("shares, gathered in every forward", "shares", FSDP),
-        ("shares, gathered once before sampling", "shares_gathered", FSDP),
+        ("shares, gathered once before sampling", "shares", (*FSDP, "--fsdp_reshard_after_forward", "false")),
     ):
         runs[name] = run = folder / name.replace(" ", "-")
         result = finished(launch(scenario, run, launcher=launcher, dtype="float32", **settings), 900)
@@ -129,7 +128,7 @@ def shares(folder: Path) -> None:
         times[1] += sum(row["time/update_seconds"] for row in rows) / len(rows)
         size = json.loads((run / "shares-0.json").read_text())
         print(
-            f"| {name} | {size['here']:,} between steps, {size['sampling']:,} while sampling | {size['whole']:,} | "
+            f"| {name} | {size['here']:,} between steps, {size['sampling']:,} after sampling | {size['whole']:,} | "
             f"{times[0]:.2f} | {times[1]:.2f} |",
             flush=True,
         )
@@ -146,7 +145,9 @@ def shares(folder: Path) -> None:
         adapter = largest_difference(*(list(load_adapter(path).values()) for path in (run, whole)))
         print(f"{run.name} against copies: metrics differ by {metric:.1e}, adapters by {adapter:.1e}")
     run = folder / "no-waiting"
-    outcome = _outcome(launch("shares_without_waiting", run, launcher=FSDP, **settings), run, "Timed out")
+    # The embedded policy: its completions end by themselves, so that processes sample for different numbers of tokens.
+    started = launch("shares_without_waiting", run, launcher=FSDP, max_new_tokens=64, eval_limit=1)
+    outcome = _outcome(started, run, "Timed out waiting")
     print(f"shares, and no waiting for forwards of others (timeout 20 s): exit code | seconds | said: {outcome}")
 
 

@@ -26,6 +26,7 @@ from config import ConfigError, run_command
 from prompts import base_model
 
 RANK = int(os.environ.get("RANK", 0))
+ONE = ("--num_machines", "1", "--num_processes", "1")  # --multi_gpu is refused for one process
 SMALL = {
     "data": "scenes",
     "limit": 20,
@@ -46,7 +47,7 @@ SMALL = {
 def launch(scenario: str, folder: Path, *, launcher: tuple = ("--num_processes", "2"), env=None, **settings):
     """A started `accelerate launch`; settings are those of train_rl.Config, SMALL by default."""
     flags = [f"--{name}={value}" for name, value in (SMALL | {"output_dir": folder} | settings).items()]
-    if "--config_file" not in launcher:
+    if "--config_file" not in launcher and launcher != ONE:
         launcher = ("--multi_gpu", *launcher)
     if "--main_process_port" not in launcher:
         launcher = ("--main_process_port", "0", *launcher)
@@ -163,7 +164,9 @@ def in_step(number: int, process: int, action) -> None:
 
     def stepping(model, *arguments):
         if arguments[3] + 1 == number and process == RANK:
-            print(time.time(), file=open(Path(arguments[4].output_dir) / "when", "w", encoding="utf-8"))
+            folder = Path(arguments[4].output_dir)
+            folder.mkdir(exist_ok=True)  # on a second machine there is none
+            (folder / "when").write_text(str(time.time()), encoding="utf-8")
             action(model)
         return step(model, *arguments)
 
@@ -194,22 +197,15 @@ def same_mistake() -> None:
     train_rl.load_examples = loading
 
 
-def shares(before=lambda layers: None, after=lambda layers: None) -> None:
+def shares() -> None:
     """Write bytes of weights to shares-RANK.json: the whole model, its layers' frozen ones, what this process holds
-    after a step, and while it samples.
-
-    Args:
-        before, after: what happens to the decoder's layers around sampling.
-    """
+    when it has sampled, and after a step."""
     watch()
     step, sample, sizes = train_rl.train_step, train_rl.sample_groups, {}
 
     def sampled(model, *arguments, **options):
-        layers = base_model(model).model.get_decoder().layers
-        before(layers)
-        sizes["sampling"] = processes.bytes_here(model)
         groups = sample(model, *arguments, **options)
-        after(layers)
+        sizes["sampling"] = processes.bytes_here(model)
         return groups
 
     def measured(model, *arguments):
@@ -223,19 +219,6 @@ def shares(before=lambda layers: None, after=lambda layers: None) -> None:
         return result
 
     train_rl.train_step, train_rl.sample_groups = measured, sampled
-
-
-def gather(layers) -> None:
-    """All weights of all layers, until they are given back."""
-    for layer in layers:
-        layer.set_reshard_after_forward(False)
-        layer.unshard()
-
-
-def give_back(layers) -> None:
-    for layer in layers:
-        layer.set_reshard_after_forward(True)
-        layer.reshard()
 
 
 def shares_without_waiting() -> None:
@@ -261,7 +244,6 @@ SCENARIOS = {
     "drift": lambda: in_step(2, 1, drift),
     "same_mistake": same_mistake,
     "shares": shares,
-    "shares_gathered": lambda: shares(gather, give_back),
     "shares_without_waiting": shares_without_waiting,
 }
 

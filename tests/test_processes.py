@@ -167,7 +167,12 @@ def test_a_model_in_shares_trains_saves_and_goes_on_as_a_whole_one(tmp_path, run
     (found,) = watched(run, 0)
     torch.testing.assert_close(found, watched(alone, 0)[1], atol=1e-6, rtol=0)
     for step in ("step-000001", "step-000002"):
-        assert adapters_differ_by(*(folder / "checkpoints" / step for folder in (run, alone))) < 1e-6
+        checkpoints = [folder / "checkpoints" / step for folder in (run, alone)]
+        assert adapters_differ_by(*checkpoints) < 1e-6
+        states = [torch.load(checkpoint / "state.pt")["optimizer"]["state"] for checkpoint in checkpoints]
+        assert states[0].keys() == states[1].keys()
+        for number, state in states[0].items():
+            torch.testing.assert_close(state, states[1][number], atol=1e-6, rtol=1e-6)
     evaluations = [json.loads((folder / "evaluation.json").read_text())["rows"]["after"] for folder in (run, alone)]
     assert [row["text"] for row in evaluations[0]] == [row["text"] for row in evaluations[1]]
 
