@@ -263,8 +263,8 @@ def break_gradients(monkeypatch, when):
     """Gradients of the groups for which when(example) is true become infinite."""
     statistics = train_rl.group_statistics
 
-    def breaking(model, group, config):
-        result = statistics(model, group, config)
+    def breaking(model, group, config, map_layer=None):
+        result = statistics(model, group, config, map_layer)
         if when(group.example):
             result.logps[0].register_hook(lambda gradient: gradient * float("inf"))
         return result
