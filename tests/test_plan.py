@@ -28,7 +28,6 @@ from vlm import load_processor
 
 # Those of the launcher are no settings of train_rl.py.
 CONFIGS = sorted(path for path in Path("configs").glob("*.yaml") if not path.stem.startswith("accelerate"))
-)  # those are of its launcher
 SHAPES = {"Qwen3-VL-2B": "2b", "Qwen3-VL-4B": "4b", "Qwen3-VL-8B": "8b"}
 TINY = {"num_generations": 3, "max_new_tokens": 6, "groups_per_step": 2, "lora_rank": 2, "limit": 8, "eval_limit": 2}
 LONG = {"num_generations": 8, "max_new_tokens": 64, "eval_limit": 1}  # the update takes more than reading prompts
