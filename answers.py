@@ -8,10 +8,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from reward import score_group, select_uncertain
-from rollout import sample_groups
-
-EXAMPLES_AT_A_TIME = 16  # pixels of so many pictures are in memory together
+from evaluate import answered
+from reward import select_uncertain
 
 
 @dataclass
@@ -52,37 +50,26 @@ def ask(model, processor, examples: Sequence[dict], config, description: str = "
         config: anything with the fields of RewardConfig and PolicyConfig, and max_new_tokens.
     """
     answers, progress = [], tqdm(total=len(examples), desc=description, unit="example")
-    for start in range(0, len(examples), EXAMPLES_AT_A_TIME):
-        groups = sample_groups(
-            model,
-            processor,
-            [examples[index] for index in range(start, min(start + EXAMPLES_AT_A_TIME, len(examples)))],
-            num_generations=1,
-            max_new_tokens=config.max_new_tokens,
-            temperature=0,
-            system_prompt=config.system_prompt,
-            sampling_tokens=config.sampling_tokens,
-        )
-        for group in groups:
-            scores = {name: float(values[0]) for name, values in score_group(model, group, config).items()}
-            length, statistics = len(group.completions[0]) - (not group.truncated[0]), group.statistics
-            entropies = statistics.entropies[0][:length].cpu()
-            completion = group.completions[0][:length]
-            answers.append(
-                Answer(
-                    completion=completion,
-                    tokens=token_texts(processor.tokenizer, completion.tolist()),
-                    entropies=entropies,
-                    target_attention=statistics.target_attention[0][:length].cpu(),
-                    image_attention=statistics.image_attention[0][:length].cpu(),
-                    scored=select_uncertain(entropies, config.top_fraction).tolist() if length else [],
-                    scores=scores,
-                    text=group.texts[0],
-                    truncated=group.truncated[0],
-                    coverage=group.prompt.coverage,
-                )
+    for group, values in answered(model, processor, examples, config):
+        scores = {name: float(value[0]) for name, value in values.items()}
+        length, statistics = len(group.completions[0]) - (not group.truncated[0]), group.statistics
+        entropies = statistics.entropies[0][:length].cpu()
+        completion = group.completions[0][:length]
+        answers.append(
+            Answer(
+                completion=completion,
+                tokens=token_texts(processor.tokenizer, completion.tolist()),
+                entropies=entropies,
+                target_attention=statistics.target_attention[0][:length].cpu(),
+                image_attention=statistics.image_attention[0][:length].cpu(),
+                scored=select_uncertain(entropies, config.top_fraction).tolist() if length else [],
+                scores=scores,
+                text=group.texts[0],
+                truncated=group.truncated[0],
+                coverage=group.prompt.coverage,
             )
-            progress.update()
+        )
+        progress.update()
     progress.close()
     return answers
 

@@ -21,12 +21,13 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from accelerate.utils import gather_object
+from torch import Tensor
 from torch.utils.data import Subset
 from tqdm import tqdm
 
@@ -37,7 +38,7 @@ from data.examples import load_examples
 from processes import wait_for_forwards
 from prompts import question_text
 from reward import RewardConfig, extract_answer, score_group
-from rollout import check_prompts, sample_groups
+from rollout import Group, check_prompts, sample_groups
 from tables import (
     METRICS,
     bootstrap_interval,
@@ -146,7 +147,7 @@ def evaluate_policy(
     Args:
         config: anything with the fields of RewardConfig and PolicyConfig, and max_new_tokens.
         done: rows of other examples, which count in the progress bar and its running accuracy alone.
-        save: is given the new rows, a few at a time, as they come.
+        save: is given the new rows, as they come.
 
     Returns:
         Rows in the order of the examples. `tas` is NaN for an example without boxes; `length` is in tokens, EOS left
@@ -154,6 +155,24 @@ def evaluate_policy(
     """
     rows, right = [], sum(row["accuracy"] for row in done)
     progress = tqdm(total=len(done) + len(examples), initial=len(done), desc=description, unit="example")
+    for group, scores in answered(model, processor, examples, config):
+        row = {name: float(scores[name][0]) for name in ("accuracy", "format", "tas", "tas_selected")}
+        row["length"] = len(group.completions[0]) - (not group.truncated[0])
+        row["truncated"] = float(group.truncated[0])
+        row |= {"id": group.example.get("id"), "kind": group.example.get("kind"), "text": group.texts[0]}
+        row |= {"said": extract_answer(group.texts[0]), "answer": group.example["answer"]}
+        rows.append(row)
+        right += row["accuracy"]
+        progress.set_postfix(accuracy=f"{right / (len(done) + len(rows)):.3f}", refresh=False)
+        progress.update()
+        if save:
+            save([row])
+    progress.close()
+    return rows
+
+
+def answered(model, processor, examples: Sequence[dict], config) -> Iterator[tuple[Group, dict[str, Tensor]]]:
+    """The greedy completion of every example, a group of one, with its scores; sampled some at a time."""
     for start in range(0, len(examples), EXAMPLES_AT_A_TIME):
         groups = sample_groups(
             model,
@@ -165,23 +184,8 @@ def evaluate_policy(
             system_prompt=config.system_prompt,
             sampling_tokens=config.sampling_tokens,
         )
-        new = []
         for group in groups:
-            scores = score_group(model, group, config)
-            row = {name: float(scores[name][0]) for name in ("accuracy", "format", "tas", "tas_selected")}
-            row["length"] = len(group.completions[0]) - (not group.truncated[0])
-            row["truncated"] = float(group.truncated[0])
-            row |= {"id": group.example.get("id"), "kind": group.example.get("kind"), "text": group.texts[0]}
-            row |= {"said": extract_answer(group.texts[0]), "answer": group.example["answer"]}
-            new.append(row)
-            right += row["accuracy"]
-            progress.set_postfix(accuracy=f"{right / (len(done) + len(rows) + len(new)):.3f}", refresh=False)
-            progress.update()
-        rows += new
-        if save:
-            save(new)
-    progress.close()
-    return rows
+            yield group, score_group(model, group, config)
 
 
 def evaluate_shared(model, processor, examples, config, accelerator, description: str) -> list[dict]:
