@@ -11,11 +11,9 @@ several groups, and every setting is a field of Config. README.md says how the d
 
 import json
 import math
-import random
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import lru_cache
 from importlib.util import find_spec
 
 import torch
@@ -28,6 +26,7 @@ from checkpoint import load_state, save_final_adapter, write_whole
 from config import ConfigError, PolicyConfig, SamplingConfig, at_least, option, run_command
 from data.attention_regions import RegionsConfig, attention_regions
 from data.examples import load_examples
+from data.order import example_index, step_seed
 from ease import ease_layer, ease_loss, target_map
 from evaluate import evaluate_shared, format_table, report, without_nan
 from grpo import LOSS_TYPES, AdaptiveBeta, group_advantages, grpo_loss
@@ -124,26 +123,6 @@ class Config(RegionsConfig, RewardConfig, SamplingConfig, PolicyConfig):
                 "on the policy that sampled"
             )
         return found
-
-
-# --- data, in an order that depends on the seed and the step alone ----------------------------------------------
-
-
-@lru_cache(maxsize=2)
-def _epoch_order(seed: int, epoch: int, num_examples: int) -> list[int]:
-    return random.Random(f"{seed}/epoch/{epoch}").sample(range(num_examples), num_examples)
-
-
-def example_index(seed: int, position: int, num_examples: int) -> int:
-    """Which example stands at a position of the endless stream of shuffled epochs."""
-    epoch, place = divmod(position, num_examples)
-    return _epoch_order(seed, epoch, num_examples)[place]
-
-
-def step_seed(seed: int, step: int, process: int) -> int:
-    """Seed of Python's, numpy's and torch's own random numbers in a step: nothing here draws from them, but a change
-    of yours may (a dropout, an augmentation), and goes on after a stop all the same."""
-    return random.Random(f"{seed}/step/{step}/{process}").getrandbits(32)
 
 
 # --- one update -------------------------------------------------------------------------------------------------
