@@ -11,6 +11,7 @@ last checkpoint. Rows are measured alike: TAS of the last layer, whatever the ro
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -22,7 +23,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from claims import report_grid
+from claims import read_result, report_grid
 from config import ConfigError, at_least, option, run_command
 
 # Row: settings that differ from train_rl.py's defaults, or None for the policy before training.
@@ -109,8 +110,7 @@ def train(name: str, seed: int, config: AblateConfig) -> tuple[str, dict]:
     folder = Path(config.work_dir) / f"{name}-{seed}"
     settings = GRID[name] | {"seed": seed, "max_steps": config.max_steps, "output_dir": str(folder)}
     settings |= {"eval_data": "none", "report_to": "none", "try_biggest": False}
-    if not (folder / "adapter" / "adapter_config.json").exists():
-        train_rl.main(train_rl.Config(**settings, resume=(folder / "config.yaml").exists()))
+    train_rl.main(train_rl.Config(**settings, resume=True))  # says so where the run is finished, or has other settings
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     figures = {}
     for metric in LOGGED:
@@ -178,7 +178,7 @@ def _rounded(value: float | None) -> float | None:
 # --- the grid -----------------------------------------------------------------------------------------------------
 
 
-def start_run(name: str, seed: int, config: AblateConfig) -> str | None:
+def start_run(name: str, seed: int, config: AblateConfig, at_work: set) -> str | None:
     """One run in a process of its own with one thread; None, or where it says what went wrong."""
     log = Path(config.work_dir) / f"{name}-{seed}.log"
     log.parent.mkdir(parents=True, exist_ok=True)
@@ -186,8 +186,32 @@ def start_run(name: str, seed: int, config: AblateConfig) -> str | None:
     command += ["--work_dir", config.work_dir, "--max_steps", str(config.max_steps), "--limit", str(config.limit)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
     with log.open("w", encoding="utf-8") as file:
-        done = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, env=environment)
-    return f"{name}/{seed} ended with exit code {done.returncode}: see {log}" if done.returncode else None
+        process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=environment)
+        at_work.add(process)
+        code = process.wait()
+        at_work.discard(process)
+    return f"{name}/{seed} ended with exit code {code}: see {log}" if code else None
+
+
+def check_finished(runs: list[tuple[str, int]], config: AblateConfig) -> None:
+    """That what is finished was made with these settings.
+
+    Raises:
+        ConfigError: names the runs that were not.
+    """
+    found = []
+    for name, seed in runs:
+        if (path := config.result(name, seed)).exists():
+            result = read_result(path)
+            sizes = {part["examples"] for part in result["sets"].values()}
+            steps = config.max_steps if GRID[name] is not None else 0
+            if (result["settings"], result["max_steps"], sizes) != (GRID[name], steps, {config.limit}):
+                found.append(
+                    f"{path} is of max_steps={result['max_steps']}, limit={min(sizes)}, settings {result['settings']}: "
+                    "give those, or another output_dir and work_dir, or delete it"
+                )
+    if found:
+        raise ConfigError("\n".join(found))
 
 
 def main(config: AblateConfig) -> None:
@@ -195,13 +219,21 @@ def main(config: AblateConfig) -> None:
         name, seed = config.run.split("/")
         do_run(name, int(seed), config)
         return
-    runs, failed = config.runs(), []
+    runs, failed, at_work = config.runs(), [], set()
+    for name in ("output_dir", "work_dir"):
+        try:
+            Path(getattr(config, name)).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(f"{name}={getattr(config, name)!r}: give a folder that can be made ({error})") from error
+    if not config.report:
+        check_finished(runs, config)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     missing = [] if config.report else [run for run in runs if not config.result(*run).exists()]
     with (
         ThreadPoolExecutor(config.processes) as pool,
         tqdm(total=len(runs), initial=len(runs) - len(missing), desc="grid", unit="run") as progress,
     ):
-        futures = {pool.submit(start_run, *run, config): run for run in missing}
+        futures = {pool.submit(start_run, *run, config, at_work): run for run in missing}
         try:
             for future in as_completed(futures):
                 if problem := future.result():
@@ -210,7 +242,9 @@ def main(config: AblateConfig) -> None:
                 progress.set_postfix_str("/".join(map(str, futures[future])), refresh=False)
                 progress.update()
         except KeyboardInterrupt:
-            pool.shutdown(wait=False, cancel_futures=True)  # the two that run got the interrupt, too
+            pool.shutdown(wait=False, cancel_futures=True)
+            for process in list(at_work):
+                process.terminate()  # a run in training saves first
             raise
     print(report_grid(Path(config.output_dir), list(GRID), SETS))
     if failed:

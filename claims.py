@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
+from config import ConfigError
 from plots import drawing
 
 # 97.5 % quantiles of Student's t by degrees of freedom; scipy would be a dependency for one column of numbers.
@@ -78,11 +79,32 @@ def t_interval(values: Sequence[float]) -> tuple[float, float]:
     return mean, quantile * deviation / math.sqrt(count)
 
 
+def read_result(path: Path) -> dict:
+    """One run of ablate.py.
+
+    Raises:
+        ConfigError: the file is not what ablate.py writes.
+    """
+    try:
+        result = json.loads(path.read_text(encoding="utf-8"))
+        named = {name: result[name] for name in ("row", "seed", "settings", "max_steps", "seconds", "tokens")}
+        training, sets = result["training"].get, result["sets"].values()
+        numbers = [training("kl"), *(part[name] for part in sets for name in ("accuracy", "tas", "length", "format"))]
+        if not sets or not all(isinstance(value, int | float | None) for value in numbers):
+            raise ValueError("numbers are missing")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ConfigError(
+            f"{str(path)!r} is no result of ablate.py ({type(error).__name__}: {error}): delete it, and the run is "
+            "done again"
+        ) from error
+    return named | {"training": result["training"], "sets": result["sets"]}
+
+
 def read_results(folder: Path) -> dict[str, dict[int, dict]]:
     """{row: {seed: result}} of the JSON files in a folder."""
     results: dict[str, dict[int, dict]] = {}
     for path in sorted(Path(folder).glob("*.json")):
-        result = json.loads(path.read_text(encoding="utf-8"))
+        result = read_result(path)
         results.setdefault(result["row"], {})[result["seed"]] = result
     return results
 
@@ -97,8 +119,9 @@ def number(result: dict, *path: str) -> float | None:
 def differences(better: dict[int, dict], worse: dict[int, dict], *path: str) -> list[float]:
     """number(better) - number(worse) by seed. The base has one run for all seeds: nothing of it is random."""
     if any(result["settings"] is None for result in worse.values()):
-        worse = dict.fromkeys(better, worse[0])
-    return [number(better[seed], *path) - number(worse[seed], *path) for seed in sorted(better) if seed in worse]
+        worse = dict.fromkeys(better, next(iter(worse.values())))
+    pairs = [(number(better[seed], *path), number(worse[seed], *path)) for seed in sorted(better) if seed in worse]
+    return [first - second for first, second in pairs if first is not None and second is not None]
 
 
 def verdict(found: Sequence[float]) -> tuple[str, str]:

@@ -7,13 +7,14 @@ attention map), at one layer two thirds up the model.
 import torch
 from torch import Tensor
 
-from data.regions import boxes_per_image
-from prompts import example_images, token_cells
+from data.regions import paint_region
+from prompts import example_images, regions_by_picture, token_cells
 from vlm import layer_types
 
-GOOD_REWARD = 0.5  # completions of at least so much total reward have the loss
+GOOD_REWARD = 0.5  # completions of at least so much accuracy reward have the loss: format alone does not open the gate
 FLOOR = 0.1  # of the target map, whose highest point is 1: the background is not forbidden
 WIDTH = 0.25  # standard deviation of a box's Gaussian, in sides of the box
+NARROWEST = 0.5  # the same in sides of a token's cell: a narrower one would fall between the centers of cells
 
 
 def ease_layer(model) -> int:
@@ -22,33 +23,37 @@ def ease_layer(model) -> int:
 
 
 def target_map(processor, example: dict) -> Tensor | None:
-    """(N,) float32 over the image tokens, sums to 1: Gaussians on the boxes above a floor; None without boxes.
+    """(N,) float32 over the image tokens, sums to 1: Gaussians on the boxes above a floor; None without a region.
 
-    The value of a token is that at its cell's centre; where boxes overlap, the largest counts.
+    The value of a token is that at its cell's center, scaled so that each box has its 1; where boxes overlap, the
+    largest counts. Of a picture's polygons and mask, the box around them counts.
     """
-    images, boxes = example_images(example), example.get("boxes")
-    if not boxes:
-        return None
-    parts = []
-    for image, own in zip(images, boxes_per_image(boxes, len(images)), strict=True):
+    images, parts, is_empty = example_images(example), [], True
+    regions = (example.get(name) or [] for name in ("boxes", "polygons", "masks"))
+    for image, (boxes, *others) in zip(images, regions_by_picture(len(images), *regions), strict=True):
+        around = paint_region(image.size, [], *others).getbbox()
+        boxes = boxes + [around] * (around is not None)
+        is_empty = is_empty and not boxes
         cells = token_cells(processor, image)  # (n, 4)
         centers = (cells[:, :2] + cells[:, 2:]) / 2  # (n, 2)
+        narrowest = NARROWEST * (cells[:, 2:] - cells[:, :2]).median(0).values  # (2,)
         values = torch.full((len(cells),), FLOOR)
-        for box in torch.tensor(own, dtype=torch.float32).reshape(-1, 4):
-            middle, deviation = (box[:2] + box[2:]) / 2, WIDTH * (box[2:] - box[:2])
-            values = values.maximum((-0.5 * ((centers - middle) / deviation).square().sum(1)).exp())
+        for box in torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4):
+            middle, deviation = (box[:2] + box[2:]) / 2, (WIDTH * (box[2:] - box[:2])).maximum(narrowest)
+            exponent = -0.5 * ((centers - middle) / deviation).square().sum(1)  # (n,)
+            values = values.maximum((exponent - exponent.max()).exp())
         parts.append(values)
     whole = torch.cat(parts)
-    return whole / whole.sum()
+    return None if is_empty else whole / whole.sum()
 
 
-def ease_loss(maps: Tensor, target: Tensor | None, rewards: Tensor) -> Tensor:
+def ease_loss(maps: Tensor, target: Tensor | None, accuracy: Tensor) -> Tensor:
     """Mean over the group of 1[R >= 0.5] * KL(target || attention on the picture, made to sum to 1), in nats.
 
     Args:
         maps: (G, N) attention of every completion on the image tokens, differentiable; a row of zeros (an empty
             completion) has no loss.
-        target: (N,) sums to 1; None, of an example without boxes, has no loss. rewards: (G,) total rewards.
+        target: (N,) sums to 1; None, of an example without boxes, has no loss. accuracy: (G,) accuracy rewards.
     """
     if target is None:
         return maps.sum() * 0  # still a part of the graph
@@ -56,5 +61,5 @@ def ease_loss(maps: Tensor, target: Tensor | None, rewards: Tensor) -> Tensor:
     log_attention = (maps / total.clamp(min=1e-20)).clamp(min=1e-20).log()  # (G, N)
     target = target.to(maps)
     divergence = (target * (target.log() - log_attention)).sum(1)  # (G,)
-    is_good = (rewards.to(maps.device) >= GOOD_REWARD) & (total[:, 0] > 0)
+    is_good = (accuracy.to(maps.device) >= GOOD_REWARD) & (total[:, 0] > 0)
     return torch.where(is_good, divergence, 0.0).mean()

@@ -30,6 +30,7 @@ import attention
 import prompts
 import rollout
 import vlm
+from ease import ease_layer
 from fake_policy import weights_by_part
 from families import LANGUAGE_MODULE
 from prompts import Prompt, base_model
@@ -258,10 +259,15 @@ def trace_step(policy: nn.Module, work: Work, settings, on_gpu: bool) -> LiveByt
             set_checkpointing(policy, checkpointing)
             name = "update" if checkpointing == settings.gradient_checkpointing else "other update"
             with live.at(name):
-                logps = torch.cat(group_statistics(policy, group, settings).logps)  # (T,)
+                map_layer = ease_layer(policy) if settings.ease_weight else None
+                statistics = group_statistics(policy, group, settings, map_layer)
+                loss = torch.cat(statistics.logps).sum()
+                if map_layer is not None:
+                    loss = loss + statistics.maps.sum()
+                del statistics
                 with live.at(name, "backward"):
-                    logps.sum().backward()
-                del logps
+                    loss.backward()
+                del loss
         set_checkpointing(policy, False)
         live.hold("gradients", [parameter.grad for parameter in trained])
         if optimizer:

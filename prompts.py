@@ -131,6 +131,13 @@ def _per_picture(name: str, regions, num_pictures: int, is_flat) -> list[list]:
     return regions
 
 
+def regions_by_picture(num_pictures: int, boxes: Sequence, polygons: Sequence = (), masks: Sequence = ()) -> list:
+    """(boxes, polygons, mask) of each picture, from the forms that region_coverage takes."""
+    boxes = _per_picture("boxes", boxes, num_pictures, lambda box: not isinstance(box[0], Iterable))
+    polygons = _per_picture("polygons", polygons, num_pictures, lambda polygon: not isinstance(polygon[0][0], Iterable))
+    return list(zip(boxes, polygons, masks or [None] * num_pictures, strict=True))
+
+
 def region_coverage(
     processor, images: Sequence[Image.Image], boxes: Sequence, polygons: Sequence = (), masks: Sequence = ()
 ) -> Tensor:
@@ -161,12 +168,9 @@ def _coverage_and_border(processor, images, boxes, polygons=(), masks=()) -> tup
     """region_coverage, and which cells touch the edge of their picture: a frame in another color of the painting."""
     pictures = pictures_of(processor)
     images = [image if isinstance(image, Image.Image) else load_picture(image) for image in images]
-    boxes = _per_picture("boxes", boxes, len(images), lambda box: not isinstance(box[0], Iterable))
-    polygons = _per_picture("polygons", polygons, len(images), lambda polygon: not isinstance(polygon[0][0], Iterable))
-    masks = masks or [None] * len(images)
     parts, borders = [], []
-    for image, own_boxes, own_polygons, mask in zip(images, boxes, polygons, masks, strict=True):
-        region, frame = paint_region(image.size, own_boxes, own_polygons, mask), _frame(image.size)
+    for image, own in zip(images, regions_by_picture(len(images), boxes, polygons, masks), strict=True):
+        region, frame = paint_region(image.size, *own), _frame(image.size)
         while True:
             painting = Image.merge("RGB", [band.convert("L") for band in (region, frame, region)])
             pixels = pictures.token_pixels(_processed(processor, painting), processor).float()  # (n, 3, pixels)

@@ -220,9 +220,9 @@ def score_group(model, group: Group, config) -> dict[str, Tensor]:
 
     Returns:
         (G,) float32 tensors on the CPU: "attention" in [-1, 1] (0 when the example has no boxes; after
-        attention_gate and attention_normalized), "format", "accuracy" and "region" in [0, 1], "memory" in [0, 2],
-        "total" (weighted sum), "tas" over all tokens and "tas_selected" over the rewarded ones (both NaN without boxes
-        or without tokens).
+        attention_gate, and of any size after attention_normalized), "format", "accuracy" and "region" in [0, 1],
+        "memory" in [0, 2], "total" (weighted sum), "tas" over all tokens and "tas_selected" over the rewarded ones
+        (both NaN without boxes or without tokens).
     """
     with evaluating(model), torch.no_grad():
         group.statistics = group_statistics(model, group, config)

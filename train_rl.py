@@ -70,9 +70,9 @@ class Config(RegionsConfig, RewardConfig, SamplingConfig, PolicyConfig):
     clip_high: float = option(0.2, "A probability ratio above 1 + clip_high is clipped.")
     beta: float = option(1e-3, "Weight of the k3 KL term to the base model; 0 leaves it out.")
     kl_target: float | None = option(
-        None, "Double beta when a step's KL, in nats per token, is far above this; halve it when far below."
+        None, "Raise beta while a step's KL, in nats per token, is far above this, and lower it again behind it."
     )
-    ease_weight: float = option(0.0, "Weight of EASE's attention loss on good completions (its paper: 1e-3).")
+    ease_weight: float = option(0.0, "Weight of EASE's attention loss on right completions (its paper: 1e-3).")
     optimizer: str = option("adamw", "AdamW of torch, or of bitsandbytes with 8-bit paged state.", OPTIMIZERS)
     learning_rate: float = option(2e-4, "AdamW's peak learning rate; large models want less (the paper: 5e-6).")
     lr_scheduler: str = option("constant_with_warmup", "Schedule of transformers.", SCHEDULERS)
@@ -204,7 +204,7 @@ def train_step(model, processor, optimizer, examples, step: int, config: Config,
                     num_items=num_items / groups_here,  # the loss is divided by groups_here below, for all types alike
                 )
                 if config.ease_weight:
-                    ease = ease_loss(statistics.maps, target_map(processor, group.example), scores[number]["total"])
+                    ease = ease_loss(statistics.maps, target_map(processor, group.example), scores[number]["accuracy"])
                     loss, stats = loss + config.ease_weight * ease, stats | {"ease": ease.item()}
                 fault = not_finite(reward=scores[number]["total"], loss=loss)
                 # A reward or a loss that is not finite makes gradients so, and these skip the step in all processes.

@@ -32,6 +32,7 @@ from data.pictures import load_picture
 from evaluate import digest
 from loading import portable_name
 from packing import layer_types
+from processes import wait_for_forwards
 from prompts import base_model, question_text, region_coverage
 from relative_attention import (
     GENERIC_QUESTION,
@@ -189,9 +190,12 @@ def attention_regions(model, processor, examples: Examples, indices: Iterable[in
     missing = [index for index, name in names.items() if name not in stored]
     state.wait_for_everyone()  # every process has read the file before one of them goes on writing it
     if missing and state.is_main_process:
-        path.parent.mkdir(parents=True, exist_ok=True)
         readable = json.dumps(settings, indent=1, ensure_ascii=False)
-        path.with_suffix(".settings.json").write_text(readable, encoding="utf-8")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.with_suffix(".settings.json").write_text(readable, encoding="utf-8")
+        except OSError as error:
+            raise ConfigError(f"regions_folder={config.regions_folder!r} cannot be written to: {error}") from error
         _drop_cut_line(path)
         known = {row["id"] for row in stored.values()}
         changed = [identifiers[index] for index in missing if identifiers[index] in known]
@@ -217,11 +221,13 @@ def attention_regions(model, processor, examples: Examples, indices: Iterable[in
                 row |= {"model": settings["model"], "settings": short_hash(settings), "example": names[index]}
                 rows.append(row)
                 progress.update(state.num_processes)
+            wait_for_forwards(model)
             rows = gather_object(rows)
             stored |= {row["example"]: row for row in rows}
             if state.is_main_process:
-                with path.open("a", encoding="utf-8") as file:
-                    file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+                lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+                with path.open("ab", buffering=0) as file:  # in one piece, beside another run that does the same
+                    file.write(lines.encode())
     progress.close()
     if state.is_main_process:
         print(f"regions of {len(names)} examples, {len(missing)} of them computed now: {path}")
@@ -365,6 +371,8 @@ class AttentionRegionsConfig(RegionsConfig, PolicyConfig):
         found = super().problems() + writable(self, "out", suffixes=(".jsonl",))
         if not self.out and not self.measure:
             found.append("out: give a JSONL file to write, or --measure true")
+        if self.out and Path(self.out).resolve() == Path(self.data).resolve():
+            found.append(f"out={self.out!r} is the data itself, whose own regions would be lost: give another name")
         if self.adapter:
             found.append(f"adapter={self.adapter!r}: regions are made by the base model; leave it out")
         return found

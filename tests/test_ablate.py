@@ -1,11 +1,14 @@
 """The grid: its settings, its runs through the real commands, and what is made of their results."""
 
 import json
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 
 import ablate
@@ -74,12 +77,13 @@ def test_verdicts(differences, expected):
 
 
 def result(row, seed, accuracy, tas=0.5):
-    numbers = {"accuracy": accuracy, "tas": tas, "length": 20.0, "format": 1.0}
+    numbers = {"accuracy": accuracy, "tas": tas, "length": 20.0, "format": 1.0, "examples": 1000}
     training = {"kl": 0.01, "advantage_share/attention": 0.75, "advantage_share/format": 0.25}
     return {
         "row": row,
         "seed": seed,
         "settings": None if row == "base" else {},
+        "max_steps": 0 if row == "base" else 100,
         "seconds": 1800,
         "training": {} if row == "base" else training | {"advantage_share/accuracy": 0.0},
         "sets": {name: numbers for name in SETS},
@@ -174,6 +178,58 @@ def test_the_grid_through_the_real_commands(tmp_path):
 
 
 def test_a_run_that_fails_is_named_and_the_others_go_on(tmp_path, monkeypatch):
-    monkeypatch.setattr(ablate, "start_run", lambda name, seed, config: "full/0 ended" if name == "full" else None)
+    monkeypatch.setattr(ablate, "start_run", lambda name, seed, *more: "full/0 ended" if name == "full" else None)
     with pytest.raises(ConfigError, match="full/0 ended\nthe same command does again what is missing"):
         ablate.main(AblateConfig(only=["full", "fast"], seeds=1, output_dir=str(tmp_path)))
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{broken", '{"row": "base"}', '{"row": "base", "sets": {}}'])
+def test_a_file_that_is_no_result_is_named(folder, content):
+    """Such a file ended the report with a traceback, behind hours of runs."""
+    Path("ablation/runs/full-0.json").write_text(content)
+    for settings in ({"report": True}, {"only": ["full"], "seeds": 1}):
+        with pytest.raises(ConfigError, match="full-0.json' is no result of ablate.py"):
+            ablate.main(AblateConfig(**settings))
+
+
+def test_results_of_other_settings_are_not_taken_for_these(folder, monkeypatch):
+    """A grid with more steps reported the runs of fewer."""
+    Path("ablation/runs/attention-0.json").write_text(
+        json.dumps(result("attention", 0, 0.6) | {"settings": ablate.ATTENTION})
+    )
+    monkeypatch.setattr(ablate, "start_run", lambda *arguments: pytest.fail("nothing is missing"))
+    settings = {"only": ["attention"], "seeds": 1}
+    ablate.main(AblateConfig(**settings))
+    for name in ("max_steps", "limit"):
+        with pytest.raises(ConfigError, match="attention-0.json is of max_steps=100, limit=1000"):
+            ablate.main(AblateConfig(**settings, **{name: 7}))
+    monkeypatch.setitem(GRID, "attention", {})
+    with pytest.raises(ConfigError, match="settings {'accuracy_weight': 0.0}"):
+        ablate.main(AblateConfig(**settings))
+
+
+@pytest.mark.parametrize("name", ["output_dir", "work_dir"])
+def test_folders_that_cannot_be_made_are_named_first(tmp_path, name):
+    (tmp_path / "file").touch()
+    folders = {"output_dir": str(tmp_path / "out"), "work_dir": str(tmp_path / "work")}
+    with pytest.raises(ConfigError, match=f"{name}='.*/below': give a folder that can be made"):
+        ablate.main(AblateConfig(**folders | {name: str(tmp_path / "file" / "below")}))
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_grid_that_is_stopped_stops_its_runs(tmp_path, number):
+    """SIGTERM left the runs at work, beside those of the next start."""
+    command = [sys.executable, "ablate.py", "--only", "base", "--output_dir", str(tmp_path / "out")]
+    process = subprocess.Popen([*command, "--work_dir", str(tmp_path / "work")], preexec_fn=heed_interrupts)
+    me = psutil.Process(process.pid)
+    deadline = time.monotonic() + 100
+    while not (children := me.children()) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(number)
+    assert process.wait(100) != 0
+    _, alive = psutil.wait_procs(children, timeout=60)
+    assert children and not alive
+
+
+def heed_interrupts():
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs of a shell ignore it

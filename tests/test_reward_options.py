@@ -197,15 +197,35 @@ def test_the_target_map_against_its_formula(policy, examples):
     processor, example = policy[1], examples[0] | {"boxes": [[20, 30, 100, 90], [90, 10, 130, 60]]}
     x1, y1, x2, y2 = token_cells(processor, example["image"]).double().numpy().T
     x, y = (x1 + x2) / 2, (y1 + y2) / 2
-    values = np.full(len(x), 0.1)
+    values, half_cell = np.full(len(x), 0.1), (np.median(x2 - x1) / 2, np.median(y2 - y1) / 2)
     for left, top, right, bottom in example["boxes"]:
-        distance = ((x - (left + right) / 2) / (0.25 * (right - left))) ** 2
-        distance += ((y - (top + bottom) / 2) / (0.25 * (bottom - top))) ** 2
-        values = np.maximum(values, np.exp(-distance / 2))
+        distance = ((x - (left + right) / 2) / max(0.25 * (right - left), half_cell[0])) ** 2
+        distance += ((y - (top + bottom) / 2) / max(0.25 * (bottom - top), half_cell[1])) ** 2
+        values = np.maximum(values, np.exp((distance.min() - distance) / 2))
     np.testing.assert_allclose(target_map(processor, example), values / values.sum(), rtol=1e-4)
     assert target_map(processor, {"image": example["image"], "question": "What?", "answer": "a"}) is None
     two = target_map(processor, {"images": [example["image"]] * 2, "boxes": [[], example["boxes"]], "question": "?"})
     assert two[: len(x)].unique().numel() == 1 and float(two.sum()) == pytest.approx(1), "a floor alone, then boxes"
+
+
+@pytest.mark.parametrize("box", [[40, 40, 46, 46], [62, 62, 66, 66], [0, 60, 118, 63]])
+def test_a_region_smaller_than_a_cell_was_a_uniform_target(policy, examples, box):
+    """Gaussians narrower than a cell fell between the cells' centers: attention was pulled to everywhere alike."""
+    processor, example = policy[1], examples[0] | {"boxes": [box]}
+    target = target_map(processor, example)
+    assert float(target.max()) == pytest.approx(10 * float(target.min()), rel=0.2)
+    cells = token_cells(processor, example["image"])[target.argmax()]
+    assert cells[0] < box[2] and cells[2] > box[0] and cells[1] < box[3] and cells[3] > box[1], "highest on the box"
+
+
+def test_polygons_and_masks_have_the_box_around_them(policy, examples):
+    bare = {name: examples[0][name] for name in ("image", "question", "answer")}
+    expected = target_map(policy[1], bare | {"boxes": [[20, 30, 100, 90]]})
+    polygon = [[20, 30], [100, 30], [100, 90], [20, 90]]
+    assert torch.allclose(target_map(policy[1], bare | {"polygons": [polygon]}), expected, atol=1e-3)
+    mask = Image.new("1", bare["image"].size)
+    mask.paste(1, (20, 30, 100, 90))
+    assert torch.equal(target_map(policy[1], bare | {"masks": [mask]}), expected)
 
 
 def test_the_loss_against_its_formula():
@@ -243,7 +263,7 @@ def test_maps_and_their_gradients_equal_eager_attentions(model_folders, examples
         torch.testing.assert_close(found.get(name, torch.zeros_like(gradient)), gradient, atol=2e-6, rtol=1e-3)
 
 
-def test_a_step_with_the_loss_moves_attention_to_the_boxes(model_folders, examples):
+def test_a_step_with_the_loss_moves_attention_to_the_boxes(model_folders, examples, monkeypatch):
     """Twenty steps in which nothing else is rewarded: the divergence from the target falls."""
     torch.manual_seed(0)
     model, processor = load_policy(model_folders["qwen3_vl"], lora_rank=4, dtype="float32")
@@ -251,6 +271,7 @@ def test_a_step_with_the_loss_moves_attention_to_the_boxes(model_folders, exampl
         num_generations=2, max_new_tokens=6, groups_per_step=1, ease_weight=100.0, beta=0.0, max_grad_norm=1e9
     )
     config.attention_weight, config.memory_weight, config.learning_rate = 0.0, 1.0, 3e-3
+    monkeypatch.setattr("ease.GOOD_REWARD", 0.0)  # this policy is never right
     optimizer = make_optimizer("adamw", [p for p in model.parameters() if p.requires_grad], lr=config.learning_rate)
     rows = [
         train_step(model, processor, optimizer, examples[:1], step, config, Accelerator(cpu=True))[0]
