@@ -309,6 +309,11 @@ def test_settings_that_cannot_be_are_named(folder):
         assert part in str(error.value)
     with pytest.raises(ConfigError, match=r"region_layers=\[9\].*layers 0 to 3"):
         regions.main(small_config(folder, bare_rows(folder, 1), region_layers=[9]))
+    with pytest.raises(ConfigError, match=r"out='.*' is the data itself"):
+        read_config(AttentionRegionsConfig, ["--data", str(folder / "a.jsonl"), "--out", str(folder / "a.jsonl")])
+    (folder / "file").touch()
+    with pytest.raises(ConfigError, match=r"regions_folder='.*/file/below' cannot be written to"):
+        regions.main(small_config(folder, bare_rows(folder, 1), regions_folder=str(folder / "file" / "below")))
     with pytest.raises(ConfigError, match="has no regions to compare with"):
         regions.main(small_config(folder, bare_rows(folder, 1), measure=True))
 
