@@ -228,7 +228,7 @@ def figure(results, rows: Sequence[str], sets: dict[str, str], outputs: Sequence
     shown = [row for row in rows if results.get(row)]
     with drawing(outputs, 1, 2, (5.5, 1.2 + 0.32 * len(shown))) as axes:
         for axis, metric, title in zip(np.ravel(axes), ("accuracy", "tas"), ("accuracy, %", "TAS, %"), strict=True):
-            for number, (name, label) in enumerate(sets.items()):
+            for number, name in enumerate(sets):
                 for place, row in enumerate(shown):
                     values = [result["sets"][name][metric] for result in results[row].values()]
                     mean, half = t_interval([100 * value for value in values])
@@ -239,13 +239,15 @@ def figure(results, rows: Sequence[str], sets: dict[str, str], outputs: Sequence
                         fmt="o",
                         markersize=4,
                         color=f"C{number}",
-                        label=label if place == 0 else None,
+                        label=name if place == 0 else None,
                     )
             axis.set_yticks(range(len(shown)), shown)
             axis.set_ylim(len(shown) - 0.4, -0.6)
             axis.set_xlabel(title)
             axis.grid(alpha=0.3)
-        np.ravel(axes)[0].legend(fontsize=8)
+            means = [result["sets"][name][metric] for row in shown for result in results[row].values() for name in sets]
+            axis.set_xlim(100 * min(means) - 5, 100 * max(means) + 5)  # wide intervals of a few seeds are cut off
+        np.ravel(axes)[0].legend(fontsize=8, ncols=3, loc="lower left", bbox_to_anchor=(0, 1))
 
 
 def report_grid(folder: Path, rows: Sequence[str], sets: dict[str, str]) -> str:
@@ -260,10 +262,12 @@ def report_grid(folder: Path, rows: Sequence[str], sets: dict[str, str]) -> str:
     for found in results.values():
         count += len(found)
         seconds += sum(result["seconds"] for result in found.values())
+    not_run = [row for row in rows if row not in results]
+    later = f" Not run yet: {', '.join(f'`{row}`' for row in not_run)}." if not_run else ""
     text = "\n\n".join(
         [
-            f"{count} runs, {seconds / 3600:.1f} hours on one core each.",
-            table(results, rows, sets),
+            f"{count} runs, {seconds / 3600:.1f} hours on one core each.{later}",
+            table(results, [row for row in rows if row in results], sets),
             "### The paper's claims",
             claims_table(results, CLAIMS, sets),
             "More TAS goes with more accuracy (Figure 2):",
