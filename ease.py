@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from data.regions import paint_region
+from families import PolicyError
+from packing import layer_types, model_layout
 from prompts import example_images, regions_by_picture, token_cells
-from vlm import layer_types
 
 GOOD_REWARD = 0.5  # completions of at least so much accuracy reward have the loss: format alone does not open the gate
 FLOOR = 0.1  # of the target map, whose highest point is 1: the background is not forbidden
@@ -18,7 +19,13 @@ NARROWEST = 0.5  # the same in sides of a token's cell: a narrower one would fal
 
 
 def ease_layer(model) -> int:
-    """The decoder layer of EASE, floor(2 L / 3), counted from 0."""
+    """The decoder layer of EASE, floor(2 L / 3), counted from 0.
+
+    Raises:
+        PolicyError: the model takes the padded layout, whose attention is not kept.
+    """
+    if model_layout(model) == "padded":
+        raise PolicyError("ease_weight: this model has linear attention, for which there is no such loss; leave it out")
     return 2 * len(layer_types(model)) // 3
 
 

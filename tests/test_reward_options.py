@@ -14,6 +14,7 @@ from PIL import Image
 
 from config import ConfigError, read_config
 from ease import ease_layer, ease_loss, target_map
+from families import PolicyError
 from grpo import AdaptiveBeta
 from prompts import base_model, encode_prompt, token_cells
 from reward import (
@@ -279,6 +280,11 @@ def test_a_step_with_the_loss_moves_attention_to_the_boxes(model_folders, exampl
     ]
     values = [row["ease"] for row in rows]
     assert all(value > 0 for value in values) and np.mean(values[-5:]) < 0.8 * np.mean(values[:5]), values
+
+
+def test_a_model_with_linear_attention_has_no_such_loss(policies):
+    with pytest.raises(PolicyError, match="ease_weight: this model has linear attention"):
+        ease_layer(policies["qwen3_5"][0])
 
 
 # --- KL target ----------------------------------------------------------------------------------------------------
