@@ -17,12 +17,14 @@ import sys
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
 from tqdm import tqdm
 
+from checkpoint import write_whole
 from claims import read_result, report_grid
 from config import ConfigError, at_least, option, run_command
 
@@ -97,6 +99,7 @@ class AblateConfig:
         return [(name, seed) for seed in range(self.seeds) for name in rows if GRID[name] is not None or seed == 0]
 
     def result(self, name: str, seed: int) -> Path:
+        """The JSON file of a finished run."""
         return Path(self.output_dir) / "runs" / f"{name}-{seed}.json"
 
 
@@ -165,10 +168,8 @@ def do_run(name: str, seed: int, config: AblateConfig) -> None:
     result["versions"] = {package: version(package) for package in ("torch", "transformers", "peft")}
     path = config.result(name, seed)
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_suffix(".partial")
     lines = [f"{json.dumps(name)}: {json.dumps(value)}" for name, value in result.items()]
-    aside.write_text("{" + ",\n ".join(lines) + "}\n", encoding="utf-8")
-    aside.replace(path)
+    write_whole(path, "{" + ",\n ".join(lines) + "}\n")
 
 
 def _rounded(value: float | None) -> float | None:
@@ -214,6 +215,16 @@ def check_finished(runs: list[tuple[str, int]], config: AblateConfig) -> None:
         raise ConfigError("\n".join(found))
 
 
+@contextmanager
+def interrupted_by(number: int):
+    """Inside the block a signal is as good as Ctrl-C; behind it, it is what it was before."""
+    former = signal.signal(number, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(number, former)
+
+
 def main(config: AblateConfig) -> None:
     if config.run:
         name, seed = config.run.split("/")
@@ -227,9 +238,9 @@ def main(config: AblateConfig) -> None:
             raise ConfigError(f"{name}={getattr(config, name)!r}: give a folder that can be made ({error})") from error
     if not config.report:
         check_finished(runs, config)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
     missing = [] if config.report else [run for run in runs if not config.result(*run).exists()]
     with (
+        interrupted_by(signal.SIGTERM),
         ThreadPoolExecutor(config.processes) as pool,
         tqdm(total=len(runs), initial=len(runs) - len(missing), desc="grid", unit="run") as progress,
     ):

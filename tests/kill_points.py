@@ -33,22 +33,10 @@ from itertools import count
 from pathlib import Path
 
 import torch
+from small_run import SMALL
 
 ROOT = Path(__file__).parent.parent
-SETTINGS = {
-    "data": "scenes",
-    "limit": 20,
-    "max_steps": 20,
-    "groups_per_step": 2,
-    "num_generations": 3,
-    "max_new_tokens": 24,
-    "save_steps": 2,
-    "eval_limit": 4,
-    "lora_rank": 2,
-    "learning_rate": 1e-3,
-    "lr_scheduler": "cosine",
-    "report_to": "none",
-}
+SETTINGS = SMALL | {"max_steps": 20, "lr_scheduler": "cosine"}
 # name: (module, function whose call begins it, the call, from and to, most milliseconds behind it)
 STAGES = {
     "load": ("train_rl", "load_policy", 1, 1, 300),

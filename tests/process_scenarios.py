@@ -18,6 +18,7 @@ from pathlib import Path
 os.environ["HF_HUB_OFFLINE"] = "1"
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+import small_run
 import torch
 
 import processes
@@ -27,21 +28,7 @@ from prompts import base_model
 
 RANK = int(os.environ.get("RANK", 0))
 ONE = ("--num_machines", "1", "--num_processes", "1")  # --multi_gpu is refused for one process
-SMALL = {
-    "data": "scenes",
-    "limit": 20,
-    "max_steps": 4,
-    "groups_per_step": 2,
-    "num_generations": 3,
-    "max_new_tokens": 24,
-    "save_steps": 2,
-    "eval_limit": 3,
-    "lora_rank": 2,
-    "learning_rate": 1e-3,
-    "warmup_steps": 0,
-    "report_to": "none",
-    "try_biggest": False,
-}
+SMALL = small_run.SMALL | {"eval_limit": 3, "warmup_steps": 0, "try_biggest": False}
 
 
 def launch(scenario: str, folder: Path, *, launcher: tuple = ("--num_processes", "2"), env=None, **settings):

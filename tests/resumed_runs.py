@@ -4,27 +4,15 @@ import json
 import shutil
 from pathlib import Path
 
+import small_run
 from kill_points import differences, what_it_left
 
 import checkpoint
 import train_rl
 from train_rl import Config
 
-SMALL = {
-    "data": "scenes",
-    "limit": 20,
-    "max_steps": 4,
-    "groups_per_step": 2,
-    "num_generations": 3,
-    "max_new_tokens": 12,
-    "save_steps": 1,
-    "eval_limit": 2,
-    "lora_rank": 2,
-    "learning_rate": 1e-3,
-    "lr_scheduler": "cosine",
-    "report_to": "none",
-    "try_biggest": False,
-}
+SMALL = small_run.SMALL | {"max_new_tokens": 12, "save_steps": 1, "eval_limit": 2}
+SMALL |= {"lr_scheduler": "cosine", "try_biggest": False}
 
 
 def run(folder, **settings):

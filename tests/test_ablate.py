@@ -107,6 +107,7 @@ def folder(tmp_path, monkeypatch) -> Path:
 
 def test_the_report_is_made_of_the_files_alone(folder):
     ablate.main(AblateConfig(report=True))
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL, "as it was, for what this process does next"
     text = (folder / "table.md").read_text()
     assert "7 runs, 3.5 hours" in text
     assert "| `attention` | 3 | 61.0 ± 2.5 | 61.0 ± 2.5 | 61.0 ± 2.5 | 70.0 ± 0.0 |" in text

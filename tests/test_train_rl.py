@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from small_run import SMALL
 
 import train_rl
 from checkpoint import newest_checkpoint
@@ -179,20 +180,6 @@ def test_every_epoch_is_a_new_permutation():
 
 
 # --- the loop ---------------------------------------------------------------------------------------------------
-
-SMALL = {
-    "data": "scenes",
-    "limit": 20,
-    "max_steps": 4,
-    "groups_per_step": 2,
-    "num_generations": 3,
-    "max_new_tokens": 24,
-    "save_steps": 2,
-    "eval_limit": 4,
-    "lora_rank": 2,
-    "learning_rate": 1e-3,
-    "report_to": "none",
-}
 
 
 def run(folder, **settings):
