@@ -94,7 +94,7 @@ def forward_hidden(model: nn.Module, batch: Tokens, cache: Cache | SamplingCache
             position_ids=batch.position_ids if len(batch.position_ids) == 3 else batch.position_ids[0],
             attention_mask=mask,
             mm_encoder_outputs=encoded,
-            past_key_values=cache,
+            cache=cache,
             use_cache=cache is not None,
             **options,
         ).last_hidden_state
