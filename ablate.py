@@ -27,6 +27,7 @@ from tqdm import tqdm
 from checkpoint import write_whole
 from claims import read_result, report_grid
 from config import ConfigError, at_least, option, run_command
+from data.scenes import DEFAULT_SIZES
 
 # Row: settings that differ from train_rl.py's defaults, or None for the policy before training.
 ATTENTION = {"accuracy_weight": 0.0}  # attention + format, the paper's main model
@@ -86,7 +87,9 @@ class AblateConfig:
 
     def problems(self) -> list[str]:
         found = at_least(self, 1, "seeds", "max_steps", "limit", "processes")
-        known = ", ".join(GRID)
+        known, there = ", ".join(GRID), min(DEFAULT_SIZES[name] for name in SETS)
+        if self.limit > there:
+            found.append(f"limit={self.limit}: each of the sets has {there} examples; give that or fewer")
         found += [f"only={name!r}: rows of the grid are {known}" for name in self.only or () if name not in GRID]
         name, _, seed = (self.run or "base/0").partition("/")
         if name not in GRID or not seed.isdecimal():

@@ -9,7 +9,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from evaluate import answered
-from reward import select_uncertain
+from reward import scored_tokens
 
 
 @dataclass
@@ -62,7 +62,7 @@ def ask(model, processor, examples: Sequence[dict], config, description: str = "
                 entropies=entropies,
                 target_attention=statistics.target_attention[0][:length].cpu(),
                 image_attention=statistics.image_attention[0][:length].cpu(),
-                scored=select_uncertain(entropies, config.top_fraction).tolist() if length else [],
+                scored=scored_tokens(completion, entropies, config).tolist() if length else [],
                 scores=scores,
                 text=group.texts[0],
                 truncated=group.truncated[0],

@@ -1,11 +1,11 @@
 """How fast and how lean one GRPO step is: this project, its padded layout, and TRL's GRPOTrainer on the same work.
 
     python bench.py                              # one comparison, a table and bench.json
-    python bench.py --sweep --variants packed trl --output docs/bench.json      # how the cost grows, and a plot
+    python bench.py --sweep --variants packed trl --output sweep.json       # how the cost grows, and sweep.png
     python bench.py --sampling --image_tokens 64 --num_generations 8 --max_new_tokens 32    # groups side by side
     python bench.py --probe --repeats 9         # what reading the attention costs
 
-Every variant runs in a process of its own: the same random Qwen3-VL-class model (about 15 M parameters), the same
+Every variant runs in a process of its own: the same random Qwen3-VL-class model (18 M parameters), the same
 picture, group size and completion length (no completion ends early), the same LoRA on the language model, a KL term,
 one thread. This project's step includes the attention reward; TRL's reward is a constant. The floor is the step's own
 multiply-adds at the speed that this machine reaches in one large matrix product.

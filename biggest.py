@@ -24,7 +24,7 @@ from packing import split_by_tokens
 from processes import is_shared_out
 from prompts import Prompt, encode_prompt, image_features, model_device, prompt_text, vision_is_frozen
 from reward import group_statistics
-from rollout import Group, _is_packed, _sample, choose_tokens, eos_token_ids
+from rollout import Group, choose_tokens, eos_token_ids, is_packed, sample_completions
 from vlm import evaluating, group_logprobs
 
 NUM_SCENES = 64  # scenes are drawn by sayo itself: one size, questions of a few lengths
@@ -90,7 +90,7 @@ def run_group(model, processor, example: dict, groups: int, config) -> None:
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     prompt = encode_prompt(processor, example, config.system_prompt)
     size = len(prompt.input_ids) + G * config.max_new_tokens
-    count = side_by_side(size, groups, config.sampling_tokens * _is_packed(model))
+    count = side_by_side(size, groups, config.sampling_tokens * is_packed(model))
     ends = torch.tensor(sorted(eos_token_ids(model, processor)), device=device)
 
     def never_ending(logits, uniforms):
@@ -99,7 +99,7 @@ def run_group(model, processor, example: dict, groups: int, config) -> None:
 
     # Nothing of AdamW's two moments is there yet, which a step will have from the first one on.
     moments = [torch.empty_like(parameter) for parameter in trained for _ in range(2)]
-    evaluated, together = evaluated_side_by_side(len(prompt.input_ids), config, _is_packed(model))
+    evaluated, together = evaluated_side_by_side(len(prompt.input_ids), config, is_packed(model))
     if evaluated:  # two tokens: an evaluation's memory goes into reading its prompts
         others = _with_features(model, prompt, evaluated)
         _sample_some(model, processor, others, together, 1, min(2, config.max_new_tokens), never_ending)
@@ -135,7 +135,9 @@ def _sample_some(model, processor, prompts, count: int, num_generations: int, ma
     """The completions of the first `count` prompts."""
     generators = [torch.Generator().manual_seed(number) for number in range(count)]
     with torch.no_grad(), evaluating(model):
-        return _sample(model, processor, prompts[:count], num_generations, max_new_tokens, choose, generators)
+        return sample_completions(
+            model, processor, prompts[:count], num_generations, max_new_tokens, choose, generators
+        )
 
 
 @contextmanager

@@ -35,6 +35,7 @@ from checkpoint import write_whole
 from config import ConfigError, PolicyConfig, at_least, option, read_jsonl, run_command
 from data.benchmarks import BENCHMARKS, PAPER_NINE, load_benchmark, local_copies, published
 from data.examples import load_examples
+from fingerprints import digest, hold_to_settings, picture_name
 from processes import wait_for_forwards
 from prompts import question_text
 from reward import RewardConfig, extract_answer, score_group
@@ -210,23 +211,14 @@ def settings_of(config: EvaluateConfig, policy: str) -> dict:
     return settings
 
 
-def digest(folder: Path) -> str:
-    """A name for what a folder holds: files by their bytes (an adapter's weights, too), those of a GB by their size."""
-    found = hashlib.sha256()
-    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
-        size = path.stat().st_size
-        found.update(f"{path.relative_to(folder)} {size}\n".encode())
-        if size < 2**30:
-            found.update(hashlib.sha256(path.read_bytes()).digest())
-    return found.hexdigest()[:16]
-
-
 def asked(examples) -> dict[str, str]:
-    """A name for what each example asks and what the right answer is, by its id, in the order of the examples."""
+    """A name for all that each example holds (a picture's file by its name and size), by its id, in their order."""
     found = {}
     for index in range(len(examples)):
         example = examples.peek(index)
-        parts = [question_text(example), example["answer"], str(example.get("answer_type"))]
+        regions = [example.get(name) for name in ("boxes", "polygons")]
+        files = [picture_name(image) for name in ("images", "masks") for image in example.get(name) or ()]
+        parts = [question_text(example), example["answer"], str(example.get("answer_type")), str(regions), str(files)]
         found[example["id"]] = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
     return found
 
@@ -237,18 +229,7 @@ def stored_rows(path: Path, settings: dict, questions: dict[str, str]) -> dict[s
     Raises:
         ConfigError: that run had other settings, or a question is another one now.
     """
-    former = path.with_suffix(".settings.json")
-    if former.exists():
-        before = json.loads(former.read_text(encoding="utf-8"))
-        names = [name for name in {**settings, **before} if before.get(name) != settings.get(name)]
-        if names:
-            changed = "; ".join(f"{name} was {before.get(name)!r}, is {settings.get(name)!r}" for name in names)
-            raise ConfigError(
-                f"{str(path)!r} was made with other settings: {changed}. Give those again, or another --output_dir"
-            )
-    else:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(former, json.dumps(settings, indent=1, ensure_ascii=False))
+    hold_to_settings(path, settings)
     if not path.exists():
         return {}
     lines = read_jsonl(path)
@@ -257,7 +238,7 @@ def stored_rows(path: Path, settings: dict, questions: dict[str, str]) -> dict[s
     other = [identifier for identifier, row in rows.items() if row["asked"] != questions[identifier]]
     if other:
         raise ConfigError(
-            f"{str(path)!r}: {len(other)} examples ask something else now, the first is {other[0]!r}: the data "
+            f"{str(path)!r}: {len(other)} examples are not what they were, the first is {other[0]!r}: the data "
             "changed; give another --output_dir"
         )
     return rows

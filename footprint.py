@@ -170,7 +170,7 @@ class _Enough(Exception):
 
 
 def _sample(live: LiveBytes, policy, work: Work, count: int, in_all: int, num_generations: int, settings) -> Prompt:
-    """rollout._sample for `count` prompts of `in_all`, first token and last: the cache is then as long as it gets.
+    """rollout.sample_completions for `count` of `in_all` prompts, first token and last: no cache gets longer.
 
     Returns the first prompt, with its picture's features; those of all others are counted.
     """
@@ -208,7 +208,7 @@ def _sample(live: LiveBytes, policy, work: Work, count: int, in_all: int, num_ge
         stack.enter_context(mock.patch.object(rollout, "suppressed_token_ids", lambda *_: torch.tensor([0])))
         same = [replace(first) for _ in range(count)]
         try:
-            rollout._sample(policy, None, same, num_generations, settings.max_new_tokens, choose, generators)
+            rollout.sample_completions(policy, None, same, num_generations, settings.max_new_tokens, choose, generators)
         except _Enough:
             pass
     return first

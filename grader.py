@@ -3,7 +3,7 @@
 The answer is what stands in the one <answer> block. All of it is compared, never a part: "A or B" names no choice, and
 "reddish" is not "red". How it is compared follows from the example:
 
-    choices given        the text of a choice, its letter, or both where they agree
+    choices given        the text of a choice, its letter, or both where they agree; where texts are letters, the text
     answer_type text     the default without choices: the same text, or the same number
                 yes_no   yes or true, no or false
                 number   the same number, with or without a known unit or the example's own; 45% may be written 0.45
@@ -13,10 +13,11 @@ The answer is what stands in the one <answer> block. All of it is compared, neve
                 letter   one letter, where the choices are known to the picture alone
                 list     the same items, each as often, in any order
 
-What does not count is how it is written: case, blanks, a final period, quotes, **bold**, $...$, \\boxed{...}, "The
-answer is ...", fullwidth letters and digits, typographic minus and quotes, characters that are not shown. What looks
-alike but is another letter (a Cyrillic A), and digits of other scripts, are not the same. No answer can take long:
-texts of more than MAX_CHARACTERS are wrong unread, and mathematics has its own clock (math_answers.py).
+What does not count is how it is written: case (but in mathematics n is not N), blanks, a final period, quotes around
+it, **bold**, $...$, \\boxed{...}, "The answer is ...", fullwidth letters and digits, typographic minus and quotes,
+characters that are not shown. What looks alike but is another letter (a Cyrillic A), and digits of other scripts, are
+not the same. No answer can take long: texts of more than MAX_CHARACTERS are wrong unread, and mathematics has its own
+clock (math_answers.py).
 """
 
 import re
@@ -58,6 +59,7 @@ _WRAPPED = re.compile(
     r"\\boxed\s?\{(?P<boxed>.*)\}|\\(?:text|mathrm|mathbf|textbf)\s?\{(?P<text>[^{}]*)\}|\*\*(?P<bold>[^*]+)\*\*|"
     r"\*(?P<italic>[^*]+)\*|\$\$(?P<display>[^$]+)\$\$|\$(?P<inline>[^$]+)\$|\\\((?P<round>.*)\\\)|\\\[(?P<square>.*)\\\]"
 )
+_QUOTED = re.compile(r"(\"|'|`+)(.*)\1", re.DOTALL)
 _INTRODUCED = re.compile(
     r"(?:(?:the|my|final|correct|best) ){0,3}(?:answer(?: is:?|:)|(?:option|choice)(?=:? ?[(\[]?[a-z][)\].:]*$):?) ?",
     re.IGNORECASE,
@@ -80,7 +82,9 @@ def clean(text: str) -> str:
     text = unicodedata.normalize("NFC", " ".join(text.split()))
     for _ in range(8):  # wrappers around wrappers
         before = text
-        text = text.strip("\"'` ").rstrip(".").strip()
+        text = text.strip().rstrip(".").strip()
+        if quoted := _QUOTED.fullmatch(text):  # a single one is a prime, a foot or an inch
+            text = quoted[2].strip()
         wrapped = _WRAPPED.fullmatch(text)
         inner = wrapped and next(part for part in wrapped.groups() if part is not None)
         if inner and _balanced(inner) and inner.strip():
@@ -129,6 +133,7 @@ _UNITS = {  # written: meant
     "cm^3": "cm³", "m^2": "m²", "m^3": "m³", "square meter": "m²", "square centimeter": "cm²", "m/s": "m/s",
     "km/h": "km/h",
 }  # fmt: skip
+_MEASURES = set(_UNITS.values())
 
 
 def _unit(written: str) -> str:
@@ -166,7 +171,7 @@ def _same_number(answer: str, gold: str, tolerance: Fraction = Fraction(0)) -> b
     if said is None or meant is None:
         return False
     (value, unit), (gold_value, gold_unit) = said, meant
-    known = unit in _UNITS.values()
+    known = unit in _MEASURES
     if unit and unit != gold_unit and not (known and (not gold_unit or "%" == unit)):
         return False
     if unit == "%" and gold_unit not in ("", "%"):
@@ -177,10 +182,15 @@ def _same_number(answer: str, gold: str, tolerance: Fraction = Fraction(0)) -> b
     return any(abs(value - gold_value) <= tolerance * abs(gold_value) for value in values)
 
 
-def _plain_number(text: str) -> Fraction | None:
-    """The value of a number with at most a currency or a percent sign."""
+def _plain_number(text: str) -> tuple[Fraction, str] | None:
+    """(value, unit) of a number with at most a currency or a percent sign."""
     found = quantity(text)
-    return found[0] if found and found[1] in ("", "%", "$", "€", "£", "¥") and "/" not in text else None
+    return found if found and found[1] in ("", "%", "$", "€", "£", "¥") and "/" not in text else None
+
+
+def _same_plain(first: tuple[Fraction, str] | None, second: tuple[Fraction, str] | None) -> bool:
+    """Whether two of those are the same number: a unit may be left out, but not be another one."""
+    return None not in (first, second) and first[0] == second[0] and ("" in (first[1], second[1]) or first == second)
 
 
 # --- comparisons -------------------------------------------------------------------------------------------------
@@ -198,15 +208,14 @@ def _same_text(answer: str, gold: str) -> bool:
     """Whether two normalized texts are the same text or the same number."""
     if answer == gold or _as_text(answer) == _as_text(gold):
         return True
-    numbers = _plain_number(answer), _plain_number(gold)
-    return None not in numbers and numbers[0] == numbers[1]
+    return _same_plain(_plain_number(answer), _plain_number(gold))
 
 
 def _items(text: str) -> Counter:
     if text[:1] in "[({" and text[-1:] in "])}":
         text = text[1:-1]
     parts = [normalized(part) for part in re.split(r"[,;]| and ", text) if part.strip()]
-    return Counter(part if (number := _plain_number(part)) is None else number for part in map(_as_text, parts))
+    return Counter(number[0] if (number := _plain_number(part)) else part for part in map(_as_text, parts))
 
 
 _YES_NO = {"yes": True, "true": True, "no": False, "false": False}
@@ -217,17 +226,27 @@ _HEDGES = re.compile(
 _ASSIGNED = re.compile(r"\s*(?:\\?[A-Za-z]{1,10}(?:_\{?\w{1,4}\}?)?(?: ?[A-Z]{1,4})?|[A-Za-z]\([a-z]\))\s*=\s*([^=]+)")
 
 
+_IN_WORDS = re.compile(r"[A-Za-z]?[a-z]{2,}(?: [A-Za-z]?[a-z]{2,})*")  # "No solution"; symbols have their own case
+
+
 def _same_math(answer: str, gold: str) -> bool:
     """Whether two clean texts (case kept) have the same value; "x = 3" says 3, several values are no answer."""
-    if _same_text(answer.casefold(), gold.casefold()) or _same_number(answer.casefold(), gold.casefold()):
+    if answer == gold or _same_number(answer.casefold(), gold.casefold()):
         return True
+    if _IN_WORDS.fullmatch(gold):
+        return _same_text(answer.casefold(), gold.casefold())
+    quantities = [quantity(side.casefold()) for side in (answer, gold)]
+    units = {found[1] for found in quantities if found}
+    if (None not in quantities and len(units) == 2 and units <= _MEASURES) or answer.casefold() == gold.casefold():
+        return False  # other units, or other letters: math-verify looks at neither
     if max(len(answer), len(gold)) > MAX_MATH_CHARACTERS or "$" in answer + gold:
         return False
     if set(_HEDGES.findall(answer)) - set(_HEDGES.findall(gold)):
         return False
     if "=" not in gold and (assigned := _ASSIGNED.fullmatch(answer)):
         answer = assigned[1].strip()
-    if any(answer.count(mark) != gold.count(mark) for mark in "=,;"):
+    answer, gold = (re.sub(r"\^ ?\{?\\prime\}?", "'", side) for side in (answer, gold))
+    if any(answer.count(mark) != gold.count(mark) for mark in "=,;'"):
         return False
     return math_answers.same_value(gold, answer)
 
@@ -242,9 +261,13 @@ def _choice(answer: str, choices: Sequence[str], answer_type: str | None = None)
     folded = [text.casefold() for text in texts]
     if answer in texts:
         return texts.index(answer)
-    for index, text in enumerate(folded):
-        if said == text or (_plain_number(said) is not None and _plain_number(said) == _plain_number(text)):
-            return index
+    if said in folded:
+        return folded.index(said)
+    number, numbers = _plain_number(said), [_plain_number(text) for text in folded]
+    found = [index for index, other in enumerate(numbers) if number is not None and number == other]
+    found = found or [index for index, other in enumerate(numbers) if _same_plain(number, other)]
+    if found:
+        return found[0] if len(found) == 1 else None  # 5 is both $5 and 5%
     if lettered := _LETTERED.fullmatch(said):
         letter, named = lettered.groups()
     elif named_first := _NAMED_FIRST.fullmatch(said):
@@ -278,7 +301,7 @@ def is_correct(text: str, example: dict) -> bool:
     if choices:
         chosen, right = _choice(said, choices, answer_type), _choice(gold, choices)
         return None not in (chosen, right) and (
-            chosen == right or clean(str(choices[chosen])) == clean(str(choices[right]))
+            chosen == right or clean(str(choices[chosen])) == clean(str(choices[right])) != ""
         )
     if answer_type == "math":
         return _same_math(said, gold)
@@ -301,7 +324,9 @@ def is_correct(text: str, example: dict) -> bool:
 
 
 def answer_problem(answer: str, answer_type, choices: Sequence[str] | None) -> str | None:
-    """What is wrong with an example's answer_type, beside its answer and choices; None when nothing is."""
+    """What is wrong with an example's answer and answer_type, beside its choices; None when nothing is."""
+    if not clean(answer):
+        return f"answer {answer!r:.200} has nothing that could be compared; write words, a number or a formula"
     if answer_type is None:
         return None
     if answer_type not in ANSWER_TYPES:

@@ -1,5 +1,6 @@
 """The mathematics of GRPO: advantages of a group, and the loss of its tokens. Pure functions of tensors."""
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -96,7 +97,7 @@ def grpo_loss(
         num_items: for "dapo"; by default Σn.
 
     Returns:
-        (scalar loss, {"kl", "clip_fraction"}), the statistics as means over tokens.
+        (scalar loss, {"kl", "clip_fraction"}), the statistics as means over tokens; a KL that is not taken is NaN.
 
     Raises:
         ValueError: another loss_type, or beta without ref_logps.
@@ -111,10 +112,10 @@ def grpo_loss(
     ratio = finite_exp(new - old)
     clipped = ratio.clamp(1 - clip_low, 1 + clip_high)
     token_loss = -torch.minimum(ratio * advantage, clipped * advantage)  # (T,)
-    kl = torch.zeros_like(new)
+    kl = None
     if beta:
         difference = torch.cat(list(ref_logps)) - new
-        kl = finite_exp(difference) - difference - 1
+        kl = finite_exp(difference) - difference - 1  # (T,)
         token_loss = token_loss + beta * kl
     if loss_type == "grpo":
         weight = (1 / (len(logps) * lengths.clamp(min=1).to(new))).repeat_interleave(lengths)  # (T,)
@@ -126,5 +127,6 @@ def grpo_loss(
         weight = 1 / (num_items or max(1, len(new)))
     is_clipped = (ratio * advantage > clipped * advantage).float()
     count = max(1, len(new))
-    stats = {"kl": kl.detach().sum().item() / count, "clip_fraction": is_clipped.sum().item() / count}
+    stats = {"kl": math.nan if kl is None else kl.detach().sum().item() / count}
+    stats["clip_fraction"] = is_clipped.sum().item() / count
     return (token_loss * weight).sum(), stats

@@ -105,6 +105,11 @@ def load_policy(
         add_in_place(policy)
         for entry in policy.peft_config.values():  # what adapter_config.json will say
             entry.base_model_name_or_path, entry.revision = portable_name(model), revision
+    for module in policy.modules():  # what is updated must be what sampled; an adapter may bring dropout
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        elif getattr(module, "attention_dropout", 0.0):
+            module.attention_dropout = 0.0
     return policy.eval(), processor
 
 

@@ -36,9 +36,12 @@ def same_value(gold: str, answer: str) -> bool:
     """
     with _lock:
         child = _running_child()
-        reply = _within(SECONDS, child, json.dumps([gold, answer]))
-        if not reply:
-            stop()
+        reply = ""
+        try:
+            reply = _within(SECONDS, child, json.dumps([gold, answer]))
+        finally:
+            if not reply:  # none in time, or interrupted: one that comes later would be taken for the next question's
+                stop()
         return reply == "equal"
 
 

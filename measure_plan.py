@@ -25,8 +25,9 @@ from config import ConfigError
 from data.examples import load_examples
 from footprint import set_checkpointing
 from loading import load_policy
-from plan import GB, Plan, PlanConfig, planner, resident
+from plan import GB, Plan, PlanConfig, planner
 from train_rl import Config, make_optimizer, train_step
+from workloads import resident
 
 STEPS = 2  # the second has the optimizer's state from its beginning
 # image_tokens, hidden_size, num_layers and vocab_size are bench.py's; all others fields of train_rl.Config.
@@ -80,8 +81,7 @@ def run_steps(config: Config, examples_of: dict) -> int:
 
         examples = [example(BenchConfig(**examples_of["bench"]))]
     else:
-        needs_boxes = config.attention_weight > 0 and config.regions == "boxes"
-        examples = load_examples(config.data, **config.data_arguments(), require_boxes=needs_boxes)
+        examples = load_examples(config.data, **config.data_arguments(), require_boxes=config.needs_boxes)
     gc.collect()
     if accelerator.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()

@@ -14,10 +14,8 @@ from __future__ import annotations
 
 import os
 import re
-import resource
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch
 from accelerate import PartialState
@@ -33,6 +31,7 @@ from footprint import Work
 from loading import load_processor
 from prompts import Prompt, encode_prompt
 from train_rl import Config
+from workloads import resident
 
 GB = 10**9
 CUDA_CONTEXT = 0.7 * GB  # assumed: PyTorch's users report 0.4 to 0.8 GB, by card and version
@@ -177,17 +176,6 @@ def _machine(config: Config, on_gpu: bool, stages: dict) -> tuple[dict[str, int]
     return {"Python and libraries (measured)": used}, memory, "the CPU, whole memory of the machine"
 
 
-def resident(name: str) -> int:
-    """Bytes of this process in memory: "VmRSS" now, "VmHWM" at most so far (for both where there is no Linux' /proc).
-
-    getrusage would not do: what it says of a new process begins with the peak of the one that started it.
-    """
-    status = Path("/proc/self/status")
-    if status.exists():
-        return 1024 * int(re.search(rf"{name}:\s+(\d+) kB", status.read_text(encoding="utf-8")).group(1))
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
 # --- what to lower ------------------------------------------------------------------------------------------------
 
 
@@ -258,8 +246,7 @@ def planner(
             shown = example or known["example"]
             prompt, origin = encode_prompt(processor, shown, config.system_prompt), f"example {shown.get('id')!r}"
         else:
-            needs_boxes = config.attention_weight > 0 and config.regions == "boxes"
-            examples = load_examples(config.data, **config.data_arguments(), require_boxes=needs_boxes)
+            examples = load_examples(config.data, **config.data_arguments(), require_boxes=config.needs_boxes)
             known["example"], origin = longest_example(config, processor, examples)
             prompt = encode_prompt(processor, known["example"], config.system_prompt)
         return make_plan(config, model_config, prompt, origin, groups, with_evaluation)

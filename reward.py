@@ -103,6 +103,13 @@ def select_random(completion_ids: Tensor, top_fraction: float = 0.3) -> Tensor:
     return torch.tensor(sorted(drawn), device=completion_ids.device)  # (k,)
 
 
+def scored_tokens(completion_ids: Tensor, entropies: Tensor, config) -> Tensor:
+    """Indices (k,) of the tokens whose attention a RewardConfig rewards, from a completion's (n,) without EOS."""
+    if config.attention_tokens == "random":
+        return select_random(completion_ids, config.top_fraction)
+    return select_uncertain(entropies, config.top_fraction)
+
+
 def without_border(prompt: Prompt) -> Prompt:
     """The prompt with the image tokens at its pictures' edges out of the region and out of the picture.
 
@@ -291,7 +298,10 @@ class ScoreConfig(RewardConfig, PolicyConfig):
     output: str = option("rewards.jsonl", "JSONL file to write: each row of rollouts with its rewards.")
 
     def problems(self) -> list[str]:
-        return super().problems() + writable(self, "output")
+        found = super().problems() + writable(self, "output")
+        if Path(self.output).resolve() == Path(self.rollouts).resolve():
+            found.append(f"output={self.output!r} is what is read: give another name, the rows would be lost")
+        return found
 
 
 def main(config: ScoreConfig) -> None:

@@ -13,7 +13,7 @@ import json
 import random
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
@@ -23,9 +23,11 @@ from tqdm import tqdm
 from transformers import DynamicCache
 
 from attention import PROBED_ATTENTION, SamplingCache
+from checkpoint import write_whole
 from config import ConfigError, PolicyConfig, SamplingConfig, option, read_jsonl, run_command, writable
 from data.examples import DataError, load_examples
 from families import PolicyError, pictures_of
+from fingerprints import hold_to_settings
 from loading import eos_token_ids, suppressed_token_ids
 from packing import Tokens, model_layout, packed_layout, split_by_tokens
 from prompts import (
@@ -133,9 +135,9 @@ def sample_groups(
     sizes = [len(prompt.input_ids) + num_generations * max_new_tokens for prompt in prompts]
     completions: list[Tensor] = []
     with evaluating(model), autocast(model):  # here, so that LoRA weights are cast once, not for every token
-        for part in split_by_tokens(sizes, sampling_tokens if _is_packed(model) else 0):
+        for part in split_by_tokens(sizes, sampling_tokens if is_packed(model) else 0):
             choose = partial(choose_tokens, temperature=temperature, top_p=top_p)
-            completions += _sample(
+            completions += sample_completions(
                 model, processor, prompts[part], num_generations, max_new_tokens, choose, generators[part]
             )
     texts = processor.tokenizer.batch_decode(completions, skip_special_tokens=True)
@@ -286,17 +288,17 @@ class _RowSampler:
         return forward_hidden(self.model, Tokens(tokens[:, None], positions), self.cache)[:, 0]
 
 
-def _is_packed(model) -> bool:
+def is_packed(model) -> bool:
     """Whether groups can be sampled side by side: not with linear attention, and not with eager attention."""
     return model_layout(model) == "packed" and attention_name(model) == PROBED_ATTENTION
 
 
-def _sample(model, processor, prompts, num_generations, max_new_tokens, choose, generators) -> list[Tensor]:
+def sample_completions(model, processor, prompts, num_generations, max_new_tokens, choose, generators) -> list[Tensor]:
     """The completions of all prompts one after the other, each (n_i,) on the CPU."""
     device, head = model_device(model), base_model(model).get_output_embeddings()
     ends = torch.tensor(sorted(eos_token_ids(model, processor)), device=device)
     suppressed = suppressed_token_ids(model, processor).to(device)
-    sampler = (_TreeSampler if _is_packed(model) else _RowSampler)(model, prompts, num_generations, max_new_tokens)
+    sampler = (_TreeSampler if is_packed(model) else _RowSampler)(model, prompts, num_generations, max_new_tokens)
     hidden = sampler.hidden  # (B * G, D)
 
     tokens = torch.zeros(len(hidden), max_new_tokens, dtype=torch.long, device=device)
@@ -335,6 +337,10 @@ def group_generator(*key) -> torch.Generator:
 # --- command line -----------------------------------------------------------------------------------------------
 
 
+# What completions do not depend on, or in part only.
+MAY_CHANGE = ("output", "resume", "limit", "bad_rows", "sampling_tokens", "allowed_folders")
+
+
 @dataclass
 class RolloutConfig(SamplingConfig, PolicyConfig):
     """Sample completions for every example and write them as JSONL, one object per example."""
@@ -355,11 +361,13 @@ def main(config: RolloutConfig) -> None:
         rows = read_jsonl(output)
         if any("completion_ids" not in row for _, row in rows):
             raise ConfigError(f"output={config.output!r} was not written by rollout.py: give another name")
-        output.write_text("".join(line + "\n" for line, _ in rows), encoding="utf-8")
         done = {row["id"] for _, row in rows}
+    settings = {name: value for name, value in asdict(config).items() if name not in MAY_CHANGE}
+    hold_to_settings(output, settings)
+    if done:
+        write_whole(output, "".join(line + "\n" for line, _ in rows))  # without a line that was being written
     examples = load_examples(config.data, **config.data_arguments(), require_boxes=False)
     model, processor = load_policy(**config.policy_arguments(lora_rank=0))
-    output.parent.mkdir(parents=True, exist_ok=True)
     check_prompts(model, processor, examples, config, config.max_new_tokens)
     with output.open("a", encoding="utf-8") as file:
         for index in tqdm(range(len(examples)), desc="rollout", unit="group"):

@@ -19,7 +19,6 @@ from pathlib import Path
 
 import yaml
 from accelerate.utils import broadcast_object_list
-from PIL import Image
 
 from checkpoint import (
     all_checkpoints,
@@ -32,7 +31,7 @@ from checkpoint import (
     write_whole,
 )
 from config import ConfigError, stored_config
-from evaluate import digest
+from fingerprints import digest, picture_name
 from saving import RowFile, insist
 from tables import METRICS, with_nan
 
@@ -216,20 +215,9 @@ def _name_of(examples) -> str:
     found = hashlib.sha256()
     for index in range(len(examples)):
         row = examples.peek(index)
-        pictures = [_picture(image) for name in ("images", "masks") for image in row.pop(name, ())]
+        pictures = [picture_name(image) for name in ("images", "masks") for image in row.pop(name, ())]
         found.update(json.dumps([row, pictures], sort_keys=True, default=str).encode())
     return f"{len(examples)}, SHA-256 {found.hexdigest()[:16]}"
-
-
-def _picture(image) -> list:
-    """A picture by what is cheap: a file by its name and size, bytes and pixels by their content."""
-    if isinstance(image, Image.Image):
-        return [*image.size, hashlib.sha256(image.tobytes()).hexdigest()]
-    if isinstance(image, dict):
-        image = image.get("bytes") or image.get("path")
-    if isinstance(image, bytes):
-        return [hashlib.sha256(image).hexdigest()]
-    return [None if image is None else [Path(image).name, Path(image).stat().st_size]]
 
 
 def check_made_from(run: Run, config, now: dict) -> list[str]:

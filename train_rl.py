@@ -124,6 +124,11 @@ class Config(RegionsConfig, RewardConfig, SamplingConfig, PolicyConfig):
             )
         return found
 
+    @property
+    def needs_boxes(self) -> bool:
+        """Whether an example without boxes cannot be trained on."""
+        return self.regions == "boxes" and any((self.attention_weight, self.region_weight, self.ease_weight))
+
 
 # --- one update -------------------------------------------------------------------------------------------------
 
@@ -264,9 +269,7 @@ def train(config: Config, accelerator, run, stop) -> None:
     """A run from load to evaluation, or what a former start of it left to do."""
     output_dir, main_process = run.folder, accelerator.is_main_process
     set_seed(config.seed)
-    rewards_regions = config.attention_weight or config.region_weight or config.ease_weight
-    needs_boxes = bool(rewards_regions) and config.regions == "boxes"
-    examples = load_examples(config.data, **config.data_arguments(), require_boxes=needs_boxes)
+    examples = load_examples(config.data, **config.data_arguments(), require_boxes=config.needs_boxes)
     eval_data = config.eval_data or ("scenes:heldout" if config.data == "scenes" else "none")
     arguments = config.data_arguments() | {"split": config.eval_split, "limit": config.eval_limit}
     held_out = None if eval_data == "none" else load_examples(eval_data, **arguments, require_boxes=False)
@@ -288,7 +291,7 @@ def train(config: Config, accelerator, run, stop) -> None:
         examples = attention_regions(model, processor, examples, used, config)
     if config.gradient_checkpointing:
         base_model(model).activation_checkpointing_enable({"use_reentrant": False})
-    model.train(config.gradient_checkpointing)  # eval mode where training mode is not needed: no dropout anywhere
+    model.train(config.gradient_checkpointing)  # transformers checkpoints in training mode alone
 
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     decay = config.weight_decay

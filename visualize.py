@@ -24,7 +24,7 @@ from data.regions import regions_of
 from plots import both, plot_curves, plot_entropy, plot_generation, plot_tas_accuracy, read_evaluations
 from prompts import example_images, token_cells
 from report import collect, page
-from reward import RewardConfig, score_group, select_uncertain
+from reward import RewardConfig, score_group, scored_tokens
 from rollout import check_prompts, sample_group
 from vlm import attention_maps, load_policy, resolve_layers
 
@@ -65,7 +65,7 @@ def look(model, processor, example: dict, config: RewardConfig, system_prompt: s
     cells = token_cells(processor, picture)
     values = torch.zeros(len(cells))
     if length:  # a completion that ends at once looks nowhere
-        chosen = select_uncertain(group.statistics.entropies[0][:length], config.top_fraction)
+        chosen = scored_tokens(group.completions[0][:length], group.statistics.entropies[0][:length], config)
         maps = attention_maps(
             model, group.prompt, group.completions[0], layers=config.attention_layers, query=config.attention_query
         )

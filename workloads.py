@@ -4,8 +4,8 @@ Each function runs in a process of its own and gives plain numbers. The floor is
 of one large matrix product, which is taken between the steps: a machine is not equally fast all the time.
 """
 
-import gc
 import math
+import re
 import resource
 import statistics
 import time
@@ -19,7 +19,7 @@ from PIL import Image
 from config import EMBEDDED_POLICY
 
 RANK = 16  # of LoRA
-PROMPT_TEXT = 22  # tokens of the prompt beside those of the picture
+PROMPT_TEXT = 15  # tokens of the prompt beside those of the picture, without a system turn, which TRL does not add
 
 
 def build_model(config, folder: Path) -> dict[str, int]:
@@ -74,9 +74,8 @@ def measure_sayo(config, folder: str, layout: str) -> dict:
     from train_rl import Config, train_step
 
     model, processor = vlm.load_policy(folder, lora_rank=RANK, dtype="float32")
-    settings = Config(
-        groups_per_step=1, num_generations=config.num_generations, max_new_tokens=config.max_new_tokens, top_p=1.0
-    )
+    sizes = {"num_generations": config.num_generations, "max_new_tokens": config.max_new_tokens}
+    settings = Config(groups_per_step=1, top_p=1.0, system_prompt="", **sizes)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer, accelerator = torch.optim.AdamW(trained, lr=1e-6), Accelerator(cpu=True)
     steps = []
@@ -84,7 +83,7 @@ def measure_sayo(config, folder: str, layout: str) -> dict:
         patches.enter_context(mock.patch.object(rollout, "eos_token_ids", lambda *_: set()))  # nothing ends early
         for module in (rollout, vlm):
             patches.enter_context(mock.patch.object(module, "model_layout", lambda *_: layout))
-        baseline = _peak_megabytes()
+        baseline = resident("VmHWM") / 2**20
         for step in range(config.repeats + 1):
             begin = time.perf_counter()
             metrics, _ = train_step(model, processor, optimizer, [example(config)], step, settings, accelerator)
@@ -93,7 +92,7 @@ def measure_sayo(config, folder: str, layout: str) -> dict:
             suffix = "_seconds"
             stages = {name: value for name, value in metrics.items() if name.startswith("time/") and suffix in name}
             steps.append(seconds | {name[5 : -len(suffix)]: value for name, value in stages.items()})
-    return {"steps": steps, "baseline_megabytes": baseline, "peak_megabytes": _peak_megabytes()}
+    return {"steps": steps, "baseline_megabytes": baseline, "peak_megabytes": resident("VmHWM") / 2**20}
 
 
 def measure_trl(config, folder: str) -> dict:
@@ -144,7 +143,7 @@ def measure_trl(config, folder: str) -> dict:
         logging_strategy="no",
     )
     targets = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
-    baseline = _peak_megabytes()
+    baseline = resident("VmHWM") / 2**20
     GRPOTrainer(
         model=model,
         reward_funcs=constant,
@@ -155,7 +154,7 @@ def measure_trl(config, folder: str) -> dict:
         callbacks=[Clock()],
     ).train()
     assert set(lengths) == {config.max_new_tokens}
-    return {"steps": steps, "baseline_megabytes": baseline, "peak_megabytes": _peak_megabytes()}
+    return {"steps": steps, "baseline_megabytes": baseline, "peak_megabytes": resident("VmHWM") / 2**20}
 
 
 def measure_sampling(config, folder: str) -> dict:
@@ -177,6 +176,7 @@ def measure_sampling(config, folder: str) -> dict:
                     num_generations=config.num_generations,
                     max_new_tokens=config.max_new_tokens,
                     sampling_tokens=10**9,
+                    system_prompt="",
                 )
                 seconds.append(time.perf_counter() - begin)
             tokens = config.num_generations * config.max_new_tokens
@@ -198,7 +198,7 @@ def measure_probe(config, folder: str) -> dict:
     from prompts import encode_prompt
 
     model, processor = vlm.load_policy(folder, lora_rank=RANK, dtype="float32")
-    prompt = encode_prompt(processor, example(config))
+    prompt = encode_prompt(processor, example(config), system_prompt="")
     ids = torch.arange(config.max_new_tokens) % 256 + 3
     completions = [ids] * config.num_generations
 
@@ -220,9 +220,15 @@ def measure_probe(config, folder: str) -> dict:
     return {"with_probe": with_probe, "without": without, "share": share, "text": text}
 
 
-def _peak_megabytes() -> float:
-    gc.collect()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+def resident(name: str) -> int:
+    """Bytes of this process in memory: "VmRSS" now, "VmHWM" at most so far (for both where there is no Linux' /proc).
+
+    getrusage would not do: what it says of a new process begins with the peak of the one that started it.
+    """
+    status = Path("/proc/self/status")
+    if status.exists():
+        return 1024 * int(re.search(rf"{name}:\s+(\d+) kB", status.read_text(encoding="utf-8")).group(1))
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 # --- the floor ---------------------------------------------------------------------------------------------------

@@ -46,6 +46,19 @@ def logps(model, prompt, completions):
 # --- plain PEFT --------------------------------------------------------------------------------------------------
 
 
+def test_dropout_that_an_adapter_brings_along_is_out_of_what_is_scored(model_folders, examples, tmp_path):
+    """In training mode, which gradient checkpointing needs, another policy was updated than the one that sampled."""
+    model, processor = with_adapter(model_folders["qwen3_vl"])
+    save_adapter(model, tmp_path)
+    settings = json.loads((tmp_path / "adapter_config.json").read_text())
+    (tmp_path / "adapter_config.json").write_text(json.dumps(settings | {"lora_dropout": 0.5}))
+    loaded, _ = load_policy(model_folders["qwen3_vl"], adapter=str(tmp_path), lora_rank=4, dtype="float32")
+    prompt, completions = encode_prompt(processor, examples[0]), ragged_completions(processor)
+    expected = logps(model, prompt, completions)
+    for training in (False, True):
+        assert torch.equal(logps(loaded.train(training), prompt, completions), expected)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_an_adapter_loads_with_plain_peft_and_says_the_same(model_folders, examples, tmp_path, family):
     model, processor = with_adapter(model_folders[family])

@@ -14,6 +14,7 @@ from config import ConfigError, read_config
 from prompts import encode_prompt
 from vlm import group_logprobs, load_policy
 from workloads import (
+    PROMPT_TEXT,
     RANK,
     build_model,
     example,
@@ -101,7 +102,8 @@ def test_the_floor_counts_the_multiply_adds_of_a_forward(tmp_path):
     parameters = build_model(config, tmp_path)
     model, processor = load_policy(str(tmp_path), lora_rank=0, dtype="float32")
     model.requires_grad_(False)  # a frozen tower runs once
-    prompt = encode_prompt(processor, example(config))
+    prompt = encode_prompt(processor, example(config), system_prompt="")
+    assert len(prompt.input_ids) == config.image_tokens + PROMPT_TEXT
     completions = [torch.arange(5) for _ in range(3)]
     with torch.no_grad():
         group_logprobs(model, prompt, completions)  # keeps the picture's features
@@ -131,15 +133,15 @@ def test_a_picture_becomes_so_many_tokens(image_tokens):
 def test_log_probs_of_a_large_vocabulary_stay_in_small_memory():
     """152,000 tokens x 1,760 rows in float32 are 1 GB, and a softmax with its gradient several times that."""
     code = """
-import resource, torch
+import torch
 from vlm import row_logprobs
-peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+from workloads import resident
 head = torch.nn.Linear(16, 152_000, bias=False).requires_grad_(False)
 hidden, ids = torch.randn(1760, 16, requires_grad=True), torch.randint(152_000, (1760,))
-before = peak()
+before = resident("VmHWM")
 logps, entropies = row_logprobs(head, hidden, ids, 1.0, with_entropy=True)
 logps.sum().backward()
-print(peak() - before)
+print((resident("VmHWM") - before) / 1e6)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr

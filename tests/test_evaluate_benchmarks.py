@@ -6,15 +6,18 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from benchmark_folders import BUILDERS, build_vstar
 from conftest import randomize_adapter
+from PIL import Image
 
 import evaluate
 from config import ConfigError, read_config
 from evaluate import EvaluateConfig
+from families import PolicyError
 from vlm import load_policy
 
 FAST = {"max_new_tokens": 8, "system_prompt": ""}
@@ -161,7 +164,7 @@ def test_changed_settings_are_refused_by_name(benchmark_root, tmp_path, adapter)
     common = {"benchmarks": ["vstar"], "benchmark_root": [str(benchmark_root)], "output_dir": str(tmp_path / "out")}
     evaluate.main(EvaluateConfig(**common, **FAST))
     for name, value in {"max_new_tokens": 9, "system_prompt": "Look.", "top_fraction": 0.5, "max_pixels": 4096}.items():
-        with pytest.raises(ConfigError, match=f"other settings: {name} was .*, is .*another --output_dir"):
+        with pytest.raises(ConfigError, match=f"other settings: {name} was .*, is .*write elsewhere"):
             evaluate.main(EvaluateConfig(**common | FAST | {name: value}))
     # What an answer does not depend on may change, and the base's rows serve beside an adapter.
     evaluate.main(EvaluateConfig(**common, **FAST, limit=1, sampling_tokens=1000, adapter=adapter))
@@ -182,8 +185,44 @@ def test_a_changed_question_is_refused(benchmark_root, tmp_path):
     evaluate.main(EvaluateConfig(**common, **FAST))
     path = benchmark_root / "vstar" / "test_questions.jsonl"
     path.write_text(path.read_text().replace("material of glove 1", "color of glove 1"))
-    with pytest.raises(ConfigError, match="1 examples ask something else now, the first is '1'"):
+    with pytest.raises(ConfigError, match="1 examples are not what they were, the first is '1'"):
         evaluate.main(EvaluateConfig(**common, **FAST))
+
+
+def test_changed_boxes_and_pictures_are_refused(tmp_path):
+    """Rows with the TAS of former boxes were kept."""
+    rows = [
+        {"id": name, "image": f"{name}.png", "question": "?", "answer": "1", "boxes": [[0, 0, 40, 40]]} for name in "ab"
+    ]
+    for name in "ab":
+        Image.new("RGB", (96, 96), "red").save(tmp_path / f"{name}.png")
+    config = EvaluateConfig(data=str(tmp_path / "rows.jsonl"), output_dir=str(tmp_path / "out"), **FAST)
+
+    def write():
+        (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    write()
+    evaluate.main(config)
+    rows[1]["boxes"] = [[0, 0, 80, 80]]
+    write()
+    with pytest.raises(ConfigError, match="1 examples are not what they were, the first is 'b'"):
+        evaluate.main(config)
+    rows[1]["boxes"] = [[0, 0, 40, 40]]
+    write()
+    evaluate.main(config)
+    Image.new("RGB", (96, 128), "red").save(tmp_path / "a.png")
+    with pytest.raises(ConfigError, match="1 examples are not what they were, the first is 'a'"):
+        evaluate.main(config)
+
+
+def test_a_start_that_failed_before_its_first_row_binds_nobody(tmp_path, monkeypatch):
+    """A mistyped model had its settings noted, and the corrected command was refused."""
+    config = EvaluateConfig(limit=1, output_dir=str(tmp_path / "out"), **FAST)
+    with pytest.raises(PolicyError):
+        evaluate.main(replace(config, model="no/such-model"))
+    evaluate.main(config)
+    with pytest.raises(ConfigError, match="model was .*, is 'no/such-model'"):
+        evaluate.main(replace(config, model="no/such-model"))
 
 
 def test_data_goes_on_too_in_a_folder(tmp_path, counted):

@@ -10,7 +10,7 @@ import math_answers
 from data.examples import DataError
 from data.paths import DataFolder
 from data.row_checks import check_row
-from grader import ANSWER_TYPES, clean, extract_answer, is_correct, quantity
+from grader import ANSWER_TYPES, answer_problem, clean, extract_answer, is_correct, quantity
 
 PETS = {"answer": "B", "choices": ["cat", "dog", "a cat and a dog", "neither"]}
 NUMBER = {"answer": "3", "answer_type": "number"}
@@ -324,7 +324,88 @@ def test_quantity(text, expected):
 
 def test_clean_takes_wrappers_off_until_none_is_left():
     assert clean(' **The answer is: "$\\boxed{\\text{Two  words}}$".** ') == "Two words"
-    assert clean("5'") == "5" and clean("...") == "" and clean("$45") == "$45"
+    assert clean("'5.'") == "5" and clean("...") == "" and clean("$45") == "$45" and clean("```cat```") == "cat"
+
+
+def test_primes_feet_and_inches_are_no_quotes():
+    """Quotes were stripped on one side, too: P was P', and 6 inches were 6 feet."""
+    assert clean("5'") == "5'" and clean("\u201cP\u2032\u201d") == "P'"
+    points, sizes = ["P'", "P", "Q"], ["6'", '6"']
+    for answer, expected in (("P'", True), ("A", True), ("'P''", True), ("P", False), ("B", False)):
+        assert is_correct(f"<answer>{answer}</answer>", {"answer": "P'", "choices": points}) is expected
+    assert not is_correct("<answer>B</answer>", {"answer": "A", "choices": sizes})
+    assert not is_correct("<answer>f</answer>", {"answer": "f'", "answer_type": "math"})
+    assert is_correct(r"<answer>$f^{\prime}$</answer>", {"answer": "f'", "answer_type": "math"})
+    assert not is_correct("<answer>6'</answer>", {"answer": '6"'})
+
+
+@pytest.mark.parametrize(
+    ("answer", "gold", "expected"),
+    [
+        ("45%", "$45", False),
+        ("€5", "$5", False),
+        ("45 dollars", "45%", False),
+        ("45", "$45", True),
+        ("45 dollars", "$45", True),
+        ("45 %", "45", True),
+    ],
+)
+@pytest.mark.parametrize("answer_type", [None, "relaxed_number"])
+def test_a_unit_may_be_left_out_but_not_be_another_one(answer, gold, expected, answer_type):
+    example = {"answer": gold} | ({"answer_type": answer_type} if answer_type else {})
+    assert is_correct(f"<answer>{answer}</answer>", example) is expected
+
+
+def test_a_number_names_the_choice_with_its_unit_and_none_where_several_could_be_meant():
+    for choices, answer, expected in (
+        (["5", "5%"], "5 %", "5%"),
+        (["$50", "50%"], "50 %", "50%"),
+        (["$50", "60"], "50", "$50"),
+        (["$50", "50%"], "50", None),
+    ):
+        right = [
+            gold for gold in choices if is_correct(f"<answer>{answer}</answer>", {"answer": gold, "choices": choices})
+        ]
+        assert right == ([expected] if expected else [])
+
+
+@pytest.mark.parametrize(
+    ("answer", "gold", "expected"),
+    [
+        ("a b", "b", False),
+        ("a -5", "-5", False),
+        ("n", "N", False),
+        ("12 m", "12 cm", False),
+        ("12", "12 cm", True),
+        ("2 m", "2m", True),
+        ("even", "Even", True),
+        ("an even number", "even number", True),
+        ("twelve", "12", True),
+    ],
+)
+def test_mathematics_has_cases_units_and_no_articles(answer, gold, expected):
+    assert is_correct(f"<answer>{answer}</answer>", {"answer": gold, "answer_type": "math"}) is expected
+
+
+def test_an_answer_with_nothing_to_compare_is_no_example():
+    for answer in ("...", '""', "\u200b", "$.$"):
+        assert "nothing that could be compared" in answer_problem(answer, None, None)
+
+
+def test_an_interrupted_question_does_not_answer_the_next_one(one_second, monkeypatch):
+    """The reply of the question that Ctrl-C cut short was read as that of the one after it."""
+
+    class Interrupted:
+        def readline(self):
+            raise KeyboardInterrupt
+
+        def close(self):
+            pass
+
+    monkeypatch.setattr(math_answers._child, "stdout", Interrupted())
+    with pytest.raises(KeyboardInterrupt):
+        math_answers.same_value("3", "3")
+    assert not math_answers.same_value("3", "4") and math_answers.same_value("7", "7.0")
 
 
 def test_the_reward_uses_this_very_check():

@@ -174,8 +174,8 @@ def test_packed_equals_padded_within_the_tolerance_of_the_dtype(model_folders, e
 
 @pytest.mark.parametrize("dtype", HALF)
 @pytest.mark.parametrize(("family", "layout"), LAYOUTS)
-def test_masks_do_not_overflow_in_eager_attention(model_folders, examples, family, layout, dtype):
-    """An additive mask's lowest number, added to a score in float16, is minus infinity: no row may hold only those."""
+def test_eager_attention_under_an_additive_mask_is_close_to_float32(model_folders, examples, family, layout, dtype):
+    """The mask's lowest number, added to a score in float16, is minus infinity: a row of only those would be NaN."""
     model, processor = loaded(model_folders[family], dtype=dtype, attn="eager")
     exact, _ = loaded(model_folders[family], dtype="float32")
     prompt, completions = encode_prompt(processor, examples[0]), ragged_completions(processor)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 import reward
 import rollout
-from config import ConfigError
+from config import ConfigError, read_config
 from prompts import base_model
 from reward import (
     COMPONENTS,
@@ -278,5 +278,9 @@ def test_the_command_scores_what_rollout_wrote(tmp_path, capsys):
         reward.main(ScoreConfig(**data, rollouts=str(rollouts), output=str(output), system_prompt="Something else."))
     with pytest.raises(ConfigError, match="about no example"):
         reward.main(ScoreConfig(data="scenes:heldout", limit=1, rollouts=str(rollouts), output=str(output)))
+    before = rollouts.read_bytes()
+    with pytest.raises(ConfigError, match="is what is read"):
+        read_config(ScoreConfig, ["--rollouts", str(rollouts), "--output", f"{tmp_path}/./rollouts.jsonl"])
+    assert rollouts.read_bytes() == before
     with pytest.raises(ConfigError, match="no such file"):
         reward.main(ScoreConfig(**data, rollouts=str(tmp_path / "nothing.jsonl"), output=str(output)))

@@ -12,8 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+from answers import ask
 from config import ConfigError, read_config
 from ease import ease_layer, ease_loss, target_map
+from evaluate import EvaluateConfig
 from families import PolicyError
 from grpo import AdaptiveBeta
 from prompts import base_model, encode_prompt, token_cells
@@ -25,6 +27,7 @@ from reward import (
     score_group,
     select_random,
     select_uncertain,
+    target_attention_score,
     without_border,
 )
 from rollout import Group, group_generator, sample_group
@@ -136,6 +139,15 @@ def test_a_reward_of_random_tokens(policy, group):
         v = statistics.image_attention[number][chosen].mean()
         expected = (a**2 - v**2) / (a**2 + v**2)  # tanh(log x)
         assert float(scores["attention"][number]) == pytest.approx(float(expected), abs=1e-4)
+
+
+@pytest.mark.parametrize("tokens", ["uncertain", "random"])
+def test_an_answer_marks_the_tokens_that_were_rewarded(policy, examples, tokens):
+    """Reports marked the uncertain ones beside the score of the random ones."""
+    config = EvaluateConfig(attention_tokens=tokens, max_new_tokens=30)
+    for answer in ask(*policy, examples[:3], config):
+        found = target_attention_score(answer.target_attention[answer.scored], answer.image_attention[answer.scored])
+        assert found == pytest.approx(answer.scores["tas_selected"], abs=1e-4)
 
 
 # --- border -------------------------------------------------------------------------------------------------------

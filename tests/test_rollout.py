@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -224,6 +225,8 @@ def test_the_command_writes_rows_and_goes_on_where_it_stopped(tmp_path, monkeypa
     lines = whole.splitlines(keepends=True)
     output.write_text(lines[0] + lines[1][:20])  # interrupted in the middle of a row
     config.resume = True
+    with pytest.raises(ConfigError, match="temperature was 1.0, is 0.5. Give those again, or write elsewhere"):
+        rollout.main(replace(config, temperature=0.5))
     rollout.main(config)
     assert output.read_text() == whole
 

@@ -351,6 +351,6 @@ def test_empty_completions_have_no_loss_and_a_missing_reference_is_named(loss_ty
     options = {"clip_low": 0.2, "clip_high": 0.2, "loss_type": loss_type}
     empty = [torch.zeros(0), torch.zeros(0)]
     loss, stats = grpo_loss(empty, empty, None, torch.tensor([1.0, -1.0]), beta=0, **options)
-    assert loss == 0 and stats == {"kl": 0.0, "clip_fraction": 0.0}
+    assert loss == 0 and math.isnan(stats["kl"]) and stats["clip_fraction"] == 0
     with pytest.raises(ValueError, match="beta=0.1 needs ref_logps"):
         grpo_loss(empty, empty, None, torch.tensor([1.0, -1.0]), beta=0.1, **options)

@@ -1,0 +1,55 @@
+"""Names for what something was made from, so that what goes on after a stop goes on with the same.
+
+A run, an evaluation and a file of rollouts are all finished in parts. What they rest on is noted beside them: settings
+as they are, folders and pictures by a short name that changes when they do.
+"""
+
+import hashlib
+import json
+from pathlib import Path
+
+from PIL import Image
+
+from checkpoint import stored_json, write_whole
+from config import ConfigError
+
+
+def digest(folder: Path) -> str:
+    """A name for what a folder holds: files by their bytes (an adapter's weights, too), those of a GB by their size."""
+    found = hashlib.sha256()
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        size = path.stat().st_size
+        found.update(f"{path.relative_to(folder)} {size}\n".encode())
+        if size < 2**30:
+            found.update(hashlib.sha256(path.read_bytes()).digest())
+    return found.hexdigest()[:16]
+
+
+def picture_name(image) -> list:
+    """A picture by what is cheap: a file by its name and size, bytes and pixels by their content."""
+    if isinstance(image, Image.Image):
+        return [*image.size, hashlib.sha256(image.tobytes()).hexdigest()]
+    if isinstance(image, dict):
+        image = image.get("bytes") or image.get("path")
+    if isinstance(image, bytes):
+        return [hashlib.sha256(image).hexdigest()]
+    return [None if image is None else [Path(image).name, Path(image).stat().st_size]]
+
+
+def hold_to_settings(rows: Path, settings: dict) -> None:
+    """Note beside a file of rows (as NAME.settings.json) what they are made with; rows that are there must fit it.
+
+    Raises:
+        ConfigError: they were made with other settings, which are named.
+    """
+    note = rows.with_suffix(".settings.json")
+    has_rows = rows.exists() and rows.stat().st_size > 0  # a start that failed before its first row binds nobody
+    before = (stored_json(note) if has_rows else None) or settings
+    names = [name for name in {**settings, **before} if before.get(name) != settings.get(name)]
+    if names:
+        changed = "; ".join(f"{name} was {before.get(name)!r}, is {settings.get(name)!r}" for name in names)
+        raise ConfigError(
+            f"{str(rows)!r} was made with other settings: {changed}. Give those again, or write elsewhere"
+        )
+    rows.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(note, json.dumps(settings, indent=1, ensure_ascii=False))
