@@ -3,7 +3,7 @@
 The answer is what stands in the one <answer> block. All of it is compared, never a part: "A or B" names no choice, and
 "reddish" is not "red". How it is compared follows from the example:
 
-    choices given        the text of a choice, its letter, or both where they agree; where texts are letters, the text
+    choices given        the text of a choice, its letter (or number: choice_labels), or both where they agree
     answer_type text     the default without choices: the same text, or the same number
                 yes_no   yes or true, no or false
                 number   the same number, with or without a known unit or the example's own; 45% may be written 0.45
@@ -21,6 +21,7 @@ clock (math_answers.py).
 """
 
 import re
+import string
 import unicodedata
 from collections import Counter
 from collections.abc import Sequence
@@ -61,7 +62,8 @@ _WRAPPED = re.compile(
 )
 _QUOTED = re.compile(r"(\"|'|`+)(.*)\1", re.DOTALL)
 _INTRODUCED = re.compile(
-    r"(?:(?:the|my|final|correct|best) ){0,3}(?:answer(?: is:?|:)|(?:option|choice)(?=:? ?[(\[]?[a-z][)\].:]*$):?) ?",
+    r"(?:(?:the|my|final|correct|best) ){0,3}(?:answer(?: is:?|:)|"
+    r"(?:option|choice)(?=:? ?[(\[]?(?:[a-z]|[0-9]{1,2})[)\].:]*$):?) ?",
     re.IGNORECASE,
 )
 
@@ -251,12 +253,23 @@ def _same_math(answer: str, gold: str) -> bool:
     return math_answers.same_value(gold, answer)
 
 
-_LETTERED = re.compile(r"[(\[]?([a-z])[)\]]?(?: ?[.:)\]-] ?(.*))?", re.DOTALL)
-_NAMED_FIRST = re.compile(r"(.+?) ?\(([a-z])\)", re.DOTALL)
+_LABELED = re.compile(r"[(\[]?([a-z]|[0-9]{1,2})[)\]]?(?: ?[.:)\]-] ?(.*))?", re.DOTALL)
+_NAMED_FIRST = re.compile(r"(.+?) ?\(([a-z]|[0-9]{1,2})\)", re.DOTALL)
+
+
+def choice_labels(choices: Sequence[str]) -> list[str]:
+    """What the choices are called in a prompt: A, B, C, ...; or 1, 2, 3, ... where texts are letters of other choices.
+
+    In a picture whose parts have letters the choices may be D, B, A, C: with letters, an answer A would mean two.
+    """
+    letters, texts = list(string.ascii_uppercase[: len(choices)]), [normalized(text).upper() for text in choices]
+    numbers = [str(number) for number in range(1, len(choices) + 1)]
+    clash = any(text in letters and letters.index(text) != index for index, text in enumerate(texts))
+    return numbers if clash and not set(numbers) & set(texts) else letters
 
 
 def _choice(answer: str, choices: Sequence[str], answer_type: str | None = None) -> int | None:
-    """Which choice a clean answer means: its text, its letter, or both; None when it is none of them."""
+    """Which choice a clean answer means: its text, its label, or both; None when it is none of them."""
     texts, said = [clean(str(choice)) for choice in choices], answer.casefold()
     folded = [text.casefold() for text in texts]
     if answer in texts:
@@ -268,17 +281,16 @@ def _choice(answer: str, choices: Sequence[str], answer_type: str | None = None)
     found = found or [index for index, other in enumerate(numbers) if _same_plain(number, other)]
     if found:
         return found[0] if len(found) == 1 else None  # 5 is both $5 and 5%
-    if lettered := _LETTERED.fullmatch(said):
-        letter, named = lettered.groups()
+    label = named = None
+    if labeled := _LABELED.fullmatch(said):
+        label, named = labeled.groups()
     elif named_first := _NAMED_FIRST.fullmatch(said):
-        named, letter = named_first.groups()
-    else:
-        letter = named = None
-    if letter is not None:
-        index = ord(letter) - ord("a")
-        if index < len(choices) and (not named or normalized(named) == folded[index]):
-            return index
-    if answer_type == "math" and letter is None:
+        named, label = named_first.groups()
+    labels = [known.casefold() for known in choice_labels(choices)]
+    if label in labels:
+        index = labels.index(label)
+        return index if not named or normalized(named) == folded[index] else None
+    if answer_type == "math":
         same = [index for index, text in enumerate(texts) if _same_math(answer, text)]
         return same[0] if len(same) == 1 else None
     return None

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from data.examples import DataError, load_picture
 from data.regions import paint_region
 from families import LANGUAGE_MODULE, PolicyError, pictures_of
+from grader import choice_labels
 
 LARGE_PICTURE = 2**23  # pixels
 SYSTEM_PROMPT = (
@@ -54,11 +55,10 @@ class Prompt:
 
 
 def question_text(example: dict) -> str:
-    """The user's turn: the question, and the choices on lines of their own, lettered from A."""
-    lines = [example["question"]]
-    for number, choice in enumerate(example.get("choices") or []):
-        lines.append(f"{chr(ord('A') + number)}. {choice}")
-    return "\n".join(lines)
+    """The user's turn: the question, and the choices on lines of their own, each with its letter or number."""
+    choices = example.get("choices") or []
+    lines = [f"{label}. {text}" for label, text in zip(choice_labels(choices), choices, strict=True)]
+    return "\n".join([example["question"], *lines])
 
 
 def placeholders_in(processor, text: str) -> list[str]:

@@ -10,7 +10,8 @@ import math_answers
 from data.examples import DataError
 from data.paths import DataFolder
 from data.row_checks import check_row
-from grader import ANSWER_TYPES, answer_problem, clean, extract_answer, is_correct, quantity
+from grader import ANSWER_TYPES, answer_problem, choice_labels, clean, extract_answer, is_correct, quantity
+from prompts import question_text
 
 PETS = {"answer": "B", "choices": ["cat", "dog", "a cat and a dog", "neither"]}
 NUMBER = {"answer": "3", "answer_type": "number"}
@@ -367,6 +368,17 @@ def test_a_number_names_the_choice_with_its_unit_and_none_where_several_could_be
             gold for gold in choices if is_correct(f"<answer>{answer}</answer>", {"answer": gold, "choices": choices})
         ]
         assert right == ([expected] if expected else [])
+
+
+def test_choices_that_are_letters_are_numbered():
+    """Of D, B, A, C an answer A was the third, also where a model meant the first by it."""
+    example = {"question": "Which part?", "answer": "D", "choices": ["D", "B", "A", "C"]}
+    assert question_text(example).splitlines() == ["Which part?", "1. D", "2. B", "3. A", "4. C"]
+    for answer, expected in (("D", True), ("1", True), ("(1) D", True), ("D (1)", True), ("A", False), ("3", False)):
+        assert is_correct(f"<answer>{answer}</answer>", example) is expected, answer
+    assert choice_labels(["A", "b", "C"]) == ["A", "B", "C"], "no letter means another one"
+    assert choice_labels(["B", "A", "2"]) == ["A", "B", "C"], "numbers would be no better"
+    assert choice_labels(["red", "AB", ""]) == ["A", "B", "C"] and choice_labels([]) == []
 
 
 @pytest.mark.parametrize(
