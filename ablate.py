@@ -245,7 +245,9 @@ def main(config: AblateConfig) -> None:
     with (
         interrupted_by(signal.SIGTERM),
         ThreadPoolExecutor(config.processes) as pool,
-        tqdm(total=len(runs), initial=len(runs) - len(missing), desc="grid", unit="run") as progress,
+        tqdm(
+            total=len(runs), initial=len(runs) - len(missing), desc="grid", unit="run", disable=config.report
+        ) as progress,
     ):
         futures = {pool.submit(start_run, *run, config, at_work): run for run in missing}
         try:
