@@ -228,26 +228,17 @@ def interrupted_by(number: int):
         signal.signal(number, former)
 
 
-def main(config: AblateConfig) -> None:
-    if config.run:
-        name, seed = config.run.split("/")
-        do_run(name, int(seed), config)
-        return
-    runs, failed, at_work = config.runs(), [], set()
-    for name in ("output_dir", "work_dir"):
-        try:
-            Path(getattr(config, name)).mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise ConfigError(f"{name}={getattr(config, name)!r}: give a folder that can be made ({error})") from error
-    if not config.report:
-        check_finished(runs, config)
-    missing = [] if config.report else [run for run in runs if not config.result(*run).exists()]
+def run_missing(missing: list[tuple[str, int]], done: int, config: AblateConfig) -> list[str]:
+    """Runs in processes of their own, config.processes at a time; a sentence for each that failed.
+
+    Raises:
+        KeyboardInterrupt: Ctrl-C or SIGTERM, which is passed on to the processes: a run in training saves first.
+    """
+    failed, at_work = [], set()
     with (
         interrupted_by(signal.SIGTERM),
         ThreadPoolExecutor(config.processes) as pool,
-        tqdm(
-            total=len(runs), initial=len(runs) - len(missing), desc="grid", unit="run", disable=config.report
-        ) as progress,
+        tqdm(total=done + len(missing), initial=done, desc="grid", unit="run") as progress,
     ):
         futures = {pool.submit(start_run, *run, config, at_work): run for run in missing}
         try:
@@ -260,8 +251,26 @@ def main(config: AblateConfig) -> None:
         except KeyboardInterrupt:
             pool.shutdown(wait=False, cancel_futures=True)
             for process in list(at_work):
-                process.terminate()  # a run in training saves first
+                process.terminate()
             raise
+    return failed
+
+
+def main(config: AblateConfig) -> None:
+    if config.run:
+        name, seed = config.run.split("/")
+        do_run(name, int(seed), config)
+        return
+    runs, failed = config.runs(), []
+    for name in ("output_dir", "work_dir"):
+        try:
+            Path(getattr(config, name)).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(f"{name}={getattr(config, name)!r}: give a folder that can be made ({error})") from error
+    if not config.report:
+        check_finished(runs, config)
+        missing = [run for run in runs if not config.result(*run).exists()]
+        failed = run_missing(missing, len(runs) - len(missing), config)
     print(report_grid(Path(config.output_dir), list(GRID), SETS))
     if failed:
         raise ConfigError("\n".join([*failed, "the same command does again what is missing"]))
