@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from config import ConfigError, at_least, option, run_command
+from config import ConfigError, PolicyConfig, at_least, option, run_command
 from workloads import (
     PROMPT_TEXT,
     build_model,
@@ -64,7 +64,7 @@ class BenchConfig:
     sweep: bool = option(False, "Vary image tokens, group size and completion length one at a time instead.")
     sampling: bool = option(False, "Sample 1 to 32 groups side by side instead: sampled tokens per second.")
     probe: bool = option(False, "Time the scoring forward with and without the attention probe instead.")
-    output: str = option("bench.json", "JSON to write; a comparison and a sweep write a .png beside it.")
+    output: str = option("bench.json", "JSON to write; a picture of it (but of the probe) is written beside it.")
     worker: str | None = option(None, "Internal: measure this variant in this process, on the model in this folder.")
 
     def problems(self) -> list[str]:
@@ -204,6 +204,22 @@ def plot_sweep(points: list[dict], output: Path) -> None:
     plt.close(figure)
 
 
+def plot_sampling(points: list[dict], output: Path) -> None:
+    """Sampled tokens per second against the packed tokens of all groups, each point with its number of groups."""
+    figure, axis = plt.subplots(figsize=(5.6, 3.4), layout="constrained")
+    axis.plot([point["packed_tokens"] for point in points], [point["tokens_per_second"] for point in points], "o-")
+    for point in points:
+        place = point["packed_tokens"], point["tokens_per_second"]
+        axis.annotate(point["groups"], place, textcoords="offset points", xytext=(4, -11), fontsize=8)
+    axis.axvline(PolicyConfig.sampling_tokens, color="black", linestyle="--", label="default of sampling_tokens")
+    axis.set(
+        xlabel="packed tokens of the groups side by side", ylabel="sampled tokens / s", xscale="log", ylim=(0, None)
+    )
+    axis.legend(fontsize=8, loc="lower right")
+    figure.savefig(output, dpi=110)
+    plt.close(figure)
+
+
 def measured_before(config: BenchConfig) -> list[dict]:
     """The points that a stopped sweep with the same settings has left in its output."""
     path = Path(config.output)
@@ -232,7 +248,9 @@ def main(config: BenchConfig) -> None:
             found = measure(config, name, Path(folder))
             output.write_text(json.dumps({"config": asdict(config)} | found, indent=1), encoding="utf-8")
             print(found.get("text", ""))
-            print(f"-> {output}")
+            if config.sampling:
+                plot_sampling(found["points"], output.with_suffix(".png"))
+            print(f"-> {output}" + f", {output.with_suffix('.png')}" * config.sampling)
             return
         for name, setting in tqdm(settings[len(points) :], desc="bench", disable=len(settings) == 1):
             points.append(compare(setting, Path(folder), parameters) | {"sweep": name})

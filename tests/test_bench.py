@@ -92,6 +92,8 @@ def test_both_layouts_are_measured_by_stage_and_the_sampling_of_several_groups(t
     curve = measure_sampling(config, str(tmp_path))
     assert [point["groups"] for point in curve["points"]] == [1, 2, 4, 8, 16, 32]
     assert all(point["tokens_per_second"] > 0 for point in curve["points"])
+    bench.plot_sampling(curve["points"], tmp_path / "curve.png")
+    assert (tmp_path / "curve.png").stat().st_size > 5000
     probe = measure_probe(config, str(tmp_path))
     assert probe["with_probe"] / probe["without"] - 1 == probe["share"]
 
