@@ -173,7 +173,7 @@ def plot_comparison(compared: dict, output: Path) -> None:
             color = {"rollout": "#4477aa", "reference": "#ccbb44", "update": "#228833"}.get(name, "#888888")
             left.barh(variant, value, left=begin, color=color, label=f"{variant}: {name} {value:.1f} s")
             begin += value
-        right.barh(variant, found["peak_megabytes"] / 1024, color="#888888")
+        right.barh(variant, found["peak_megabytes"] / 1000, color="#888888")
     left.axvline(sum(compared["floor_seconds"].values()), color="black", linestyle="--", label="multiply-adds")
     left.set(xlabel="seconds / step"), right.set(xlabel="peak memory, GB")
     left.invert_yaxis(), right.invert_yaxis()

@@ -35,9 +35,8 @@ from checkpoint import write_whole
 from config import ConfigError, PolicyConfig, at_least, option, read_jsonl, run_command
 from data.benchmarks import BENCHMARKS, PAPER_NINE, load_benchmark, local_copies, published
 from data.examples import load_examples
-from fingerprints import digest, hold_to_settings, picture_name
+from fingerprints import digest, example_bytes, hold_to_settings
 from processes import wait_for_forwards
-from prompts import question_text
 from reward import RewardConfig, extract_answer, score_group
 from rollout import Group, check_prompts, sample_groups
 from tables import (
@@ -213,14 +212,8 @@ def settings_of(config: EvaluateConfig, policy: str) -> dict:
 
 def asked(examples) -> dict[str, str]:
     """A name for all that each example holds (a picture's file by its name and size), by its id, in their order."""
-    found = {}
-    for index in range(len(examples)):
-        example = examples.peek(index)
-        regions = [example.get(name) for name in ("boxes", "polygons")]
-        files = [picture_name(image) for name in ("images", "masks") for image in example.get(name) or ()]
-        parts = [question_text(example), example["answer"], str(example.get("answer_type")), str(regions), str(files)]
-        found[example["id"]] = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
-    return found
+    rows = (examples.peek(index) for index in range(len(examples)))
+    return {row["id"]: hashlib.sha256(example_bytes(row)).hexdigest()[:16] for row in rows}
 
 
 def stored_rows(path: Path, settings: dict, questions: dict[str, str]) -> dict[str, dict]:

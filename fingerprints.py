@@ -36,6 +36,13 @@ def picture_name(image) -> list:
     return [None if image is None else [Path(image).name, Path(image).stat().st_size]]
 
 
+def example_bytes(row: dict) -> bytes:
+    """All that is written about an example (as Examples.peek gives it), its pictures and masks by picture_name."""
+    kept = {name: value for name, value in row.items() if name not in ("images", "masks")}
+    pictures = [picture_name(image) for name in ("images", "masks") for image in row.get(name) or ()]
+    return json.dumps([kept, pictures], sort_keys=True, default=str).encode()
+
+
 def hold_to_settings(rows: Path, settings: dict) -> None:
     """Note beside a file of rows (as NAME.settings.json) what they are made with; rows that are there must fit it.
 

@@ -262,7 +262,7 @@ def choice_labels(choices: Sequence[str]) -> list[str]:
 
     In a picture whose parts have letters the choices may be D, B, A, C: with letters, an answer A would mean two.
     """
-    letters, texts = list(string.ascii_uppercase[: len(choices)]), [normalized(text).upper() for text in choices]
+    letters, texts = list(string.ascii_uppercase[: len(choices)]), [normalized(str(text)).upper() for text in choices]
     numbers = [str(number) for number in range(1, len(choices) + 1)]
     clash = any(text in letters and letters.index(text) != index for index, text in enumerate(texts))
     return numbers if clash and not set(numbers) & set(texts) else letters
@@ -286,10 +286,11 @@ def _choice(answer: str, choices: Sequence[str], answer_type: str | None = None)
         label, named = labeled.groups()
     elif named_first := _NAMED_FIRST.fullmatch(said):
         named, label = named_first.groups()
-    labels = [known.casefold() for known in choice_labels(choices)]
-    if label in labels:
-        index = labels.index(label)
-        return index if not named or normalized(named) == folded[index] else None
+    # A letter that is no text means its choice where they are numbered, too: so data may name the right one.
+    names = (string.ascii_uppercase[: len(choices)], choice_labels(choices))
+    places = {name.casefold(): index for part in names for index, name in enumerate(part)}
+    if label in places:
+        return places[label] if not named or normalized(named) == folded[places[label]] else None
     if answer_type == "math":
         same = [index for index, text in enumerate(texts) if _same_math(answer, text)]
         return same[0] if len(same) == 1 else None

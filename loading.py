@@ -51,7 +51,7 @@ def load_policy(
         revision: branch, tag or commit of a Hub model.
 
     Returns:
-        (model, processor), the model in eval mode.
+        (model, processor), the model in eval mode; dropout is out in training mode, too.
 
     Raises:
         PolicyError (a ValueError): no such model, a family that is not supported, or an argument out of its range.

@@ -263,11 +263,11 @@ def score_statistics(group: Group, config) -> dict[str, Tensor]:
         is_right = is_correct(text, group.example)
         attention, tas, tas_selected, region = 0.0, math.nan, math.nan, 0.0
         if num_target > 0:
-            fraction, parts = config.top_fraction, (target, image, entropy)
-            if config.attention_tokens == "random" and length:
-                chosen = select_random(group.completions[index][:length], fraction).to(target.device)
-                fraction, parts = 1.0, [part[chosen] for part in parts]
-            attention = attention_reward(*parts, top_fraction=fraction, eps=config.attention_eps)
+            parts = target, image, entropy
+            if length:
+                chosen = scored_tokens(group.completions[index][:length], entropy, config).to(target.device)
+                parts = [part[chosen] for part in parts]
+            attention = attention_reward(*parts, top_fraction=1.0, eps=config.attention_eps)
             tas = target_attention_score(target, image, config.attention_eps)
             tas_selected = (1 + attention) / 2 if length else math.nan
             region = region_reward(target * num_target, image * num_image, config.attention_eps)

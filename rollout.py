@@ -294,7 +294,14 @@ def is_packed(model) -> bool:
 
 
 def sample_completions(model, processor, prompts, num_generations, max_new_tokens, choose, generators) -> list[Tensor]:
-    """The completions of all prompts one after the other, each (n_i,) on the CPU."""
+    """The completions of all prompts one after the other, each (n_i,) on the CPU.
+
+    Args:
+        choose: (logits (m, V), uniforms (m,)) -> ids (m,), as choose_tokens. generators: one for each prompt.
+
+    Raises:
+        PolicyError: activations are not finite in the model's number format.
+    """
     device, head = model_device(model), base_model(model).get_output_embeddings()
     ends = torch.tensor(sorted(eos_token_ids(model, processor)), device=device)
     suppressed = suppressed_token_ids(model, processor).to(device)
@@ -364,7 +371,7 @@ def main(config: RolloutConfig) -> None:
         done = {row["id"] for _, row in rows}
     settings = {name: value for name, value in asdict(config).items() if name not in MAY_CHANGE}
     hold_to_settings(output, settings)
-    if done:
+    if output.exists():
         write_whole(output, "".join(line + "\n" for line, _ in rows))  # without a line that was being written
     examples = load_examples(config.data, **config.data_arguments(), require_boxes=False)
     model, processor = load_policy(**config.policy_arguments(lora_rank=0))

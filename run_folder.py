@@ -31,7 +31,7 @@ from checkpoint import (
     write_whole,
 )
 from config import ConfigError, stored_config
-from fingerprints import digest, picture_name
+from fingerprints import digest, example_bytes
 from saving import RowFile, insist
 from tables import METRICS, with_nan
 
@@ -214,9 +214,7 @@ def _name_of(examples) -> str:
         return f"{len(examples)} of {examples.name}"
     found = hashlib.sha256()
     for index in range(len(examples)):
-        row = examples.peek(index)
-        pictures = [picture_name(image) for name in ("images", "masks") for image in row.pop(name, ())]
-        found.update(json.dumps([row, pictures], sort_keys=True, default=str).encode())
+        found.update(example_bytes(examples.peek(index)))
     return f"{len(examples)}, SHA-256 {found.hexdigest()[:16]}"
 
 

@@ -83,7 +83,7 @@ def measure_sayo(config, folder: str, layout: str) -> dict:
         patches.enter_context(mock.patch.object(rollout, "eos_token_ids", lambda *_: set()))  # nothing ends early
         for module in (rollout, vlm):
             patches.enter_context(mock.patch.object(module, "model_layout", lambda *_: layout))
-        baseline = resident("VmHWM") / 2**20
+        baseline = resident("VmHWM") / 1e6
         for step in range(config.repeats + 1):
             begin = time.perf_counter()
             metrics, _ = train_step(model, processor, optimizer, [example(config)], step, settings, accelerator)
@@ -92,7 +92,7 @@ def measure_sayo(config, folder: str, layout: str) -> dict:
             suffix = "_seconds"
             stages = {name: value for name, value in metrics.items() if name.startswith("time/") and suffix in name}
             steps.append(seconds | {name[5 : -len(suffix)]: value for name, value in stages.items()})
-    return {"steps": steps, "baseline_megabytes": baseline, "peak_megabytes": resident("VmHWM") / 2**20}
+    return {"steps": steps, "baseline_megabytes": baseline, "peak_megabytes": resident("VmHWM") / 1e6}
 
 
 def measure_trl(config, folder: str) -> dict:
@@ -143,7 +143,7 @@ def measure_trl(config, folder: str) -> dict:
         logging_strategy="no",
     )
     targets = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
-    baseline = resident("VmHWM") / 2**20
+    baseline = resident("VmHWM") / 1e6
     GRPOTrainer(
         model=model,
         reward_funcs=constant,
@@ -154,7 +154,7 @@ def measure_trl(config, folder: str) -> dict:
         callbacks=[Clock()],
     ).train()
     assert set(lengths) == {config.max_new_tokens}
-    return {"steps": steps, "baseline_megabytes": baseline, "peak_megabytes": resident("VmHWM") / 2**20}
+    return {"steps": steps, "baseline_megabytes": baseline, "peak_megabytes": resident("VmHWM") / 1e6}
 
 
 def measure_sampling(config, folder: str) -> dict:

@@ -1,12 +1,8 @@
-"""The answer check as a table, each case with its reason; hostile answers against the clock."""
-
-import threading
-import time
+"""The answer check as a table, each case with its reason; what has no answer."""
 
 import pytest
 
 import grader
-import math_answers
 from data.examples import DataError
 from data.paths import DataFolder
 from data.row_checks import check_row
@@ -21,6 +17,7 @@ FOUR = {"answer": "4", "answer_type": "math"}
 YES = {"answer": "yes", "answer_type": "yes_no"}
 LETTER = {"answer": "B", "answer_type": "letter"}
 LIST = {"answer": "[red, blue]", "answer_type": "list"}
+POINTS = {"answer": "P'", "choices": ["P'", "P", "Q"]}
 MATH_CHOICES = {"answer": "C", "choices": ["$\\frac{1}{3}$", "$2$", "$\\frac{1}{2}$"], "answer_type": "math"}
 
 CASES = [  # answer, example, whether it is right, why
@@ -83,6 +80,10 @@ CASES = [  # answer, example, whether it is right, why
     ("B", {"answer": "C", "choices": ["x", "same", "same"]}, True, "two choices of one text are one answer"),
     ("kW", {"answer": "A", "choices": ["kW", "KW"]}, True, "choices that differ in case alone: as written"),
     ("KW", {"answer": "A", "choices": ["kW", "KW"]}, False, "and the other one is another"),
+    ("P'", POINTS, True, "a prime is no quote"),
+    ("'P''", POINTS, True, "a prime in quotes"),
+    ("P", POINTS, False, "and P is another point"),
+    ("B", {"answer": "A", "choices": ["6'", '6"']}, False, "6 inches are not 6 feet"),
     # text
     ("Top institutions", {"answer": "top institutions"}, True, "case"),
     ("the left subplot", {"answer": "left subplot"}, True, "an article in front"),
@@ -98,6 +99,15 @@ CASES = [  # answer, example, whether it is right, why
     ("12345678902", {"answer": "12345678901"}, False, "long numbers are compared exactly"),
     ("6", {"answer": "6B"}, False, "a name is not a number"),
     ("1/2", {"answer": "2/4"}, False, "as text, a slash may be a date"),
+    ("45%", {"answer": "$45"}, False, "another unit"),
+    ("€5", {"answer": "$5"}, False, "another currency"),
+    ("45 dollars", {"answer": "45%"}, False, "another unit, in a word"),
+    ("45", {"answer": "$45"}, True, "the unit left out"),
+    ("45 dollars", {"answer": "$45"}, True, "the same unit in a word"),
+    ("45 %", {"answer": "45"}, True, "a unit that the answer leaves out"),
+    ("6'", {"answer": '6"'}, False, "feet are not inches"),
+    ("3.0", {"answer": "3"}, True, "the same number"),
+    (".5", {"answer": "0.5"}, True, "no leading zero"),
     # yes and no
     ("Yes.", YES, True, "case and a period"),
     ("true", YES, True, "true says yes"),
@@ -154,6 +164,8 @@ CASES = [  # answer, example, whether it is right, why
     ("Blues", {"answer": "Blue", "answer_type": "relaxed_number"}, False, "no tolerance for words"),
     ("blue", {"answer": "Blue", "answer_type": "relaxed_number"}, True, "words as text"),
     ("2010, 2012", {"answer": "[2010, 2012]", "answer_type": "relaxed_number"}, True, "a list in brackets"),
+    ("45%", {"answer": "$45", "answer_type": "relaxed_number"}, False, "no tolerance for units"),
+    ("45", {"answer": "$45", "answer_type": "relaxed_number"}, True, "the unit left out"),
     # mathematics
     ("1/2", HALF, True, "another form"),
     ("0.5", HALF, True, "as a decimal"),
@@ -176,6 +188,14 @@ CASES = [  # answer, example, whether it is right, why
     ("(2,1)", {"answer": "(1,2)", "answer_type": "math"}, False, "a point keeps its order"),
     ("(x+1)^2", {"answer": "x^2+2x+1", "answer_type": "math"}, True, "an expression"),
     ("__import__('os').getcwd()", FOUR, False, "nothing is evaluated"),
+    ("a b", {"answer": "b", "answer_type": "math"}, False, "a product, not an article"),
+    ("n", {"answer": "N", "answer_type": "math"}, False, "letters have their case"),
+    ("f", {"answer": "f'", "answer_type": "math"}, False, "a derivative is another function"),
+    ("$f^{\\prime}$", {"answer": "f'", "answer_type": "math"}, True, "a prime in LaTeX"),
+    ("12 m", {"answer": "12 cm", "answer_type": "math"}, False, "another unit"),
+    ("12", {"answer": "12 cm", "answer_type": "math"}, True, "the unit left out"),
+    ("even", {"answer": "Even", "answer_type": "math"}, True, "a word has no case"),
+    ("an even number", {"answer": "even number", "answer_type": "math"}, True, "words may have an article"),
     ("C", MATH_CHOICES, True, "beside choices, the letter"),
     ("0.5", MATH_CHOICES, True, "beside choices, the value"),
     ("0.4", MATH_CHOICES, False, "no choice has this value"),
@@ -236,69 +256,6 @@ def test_a_gold_answer_is_right_by_its_own_check():
         assert is_correct(f"I look. <answer>{gold}</answer>", example), (gold, reason)
 
 
-HOSTILE = [
-    "<answer>a" + " " * 200_000 + "b</answer>",  # hung the regex that took the block out before
-    "<answer>" + "(" * 400 + "</answer>",
-    "<answer>" + "1," * 240 + "</answer>",
-    "<answer>" + "1 " * 240 + "</answer>",
-    "<answer>" + "9" * 490 + "</answer>",
-    "<answer>" + "{" * 90 + "}" * 90 + "</answer>",
-    "<answer>" + "\\frac{" * 30 + "</answer>",
-    "<answer>1e99</answer>",
-    "<answer>" + "the answer is " * 30 + "</answer>",
-    "<answer>" + "*" * 490 + "</answer>",
-    "<answer>" + "A. " * 150 + "</answer>",
-    "<answer>9^{9^{9^{9}}}</answer>",  # one operation on integers that no signal handler interrupts
-    "<answer>(10^{9})!</answer>",
-    "<answer>" * 50_000,
-    "<answer>" + "\ud800" + "</answer>",
-]
-
-
-@pytest.fixture
-def one_second(monkeypatch):
-    monkeypatch.setattr(math_answers, "SECONDS", 1.0)
-    math_answers.same_value.cache_clear()
-    math_answers.same_value("1", "2")  # the child is there, so that no test measures its start
-
-
-@pytest.mark.parametrize("text", HOSTILE, ids=lambda text: text[:40].encode("ascii", "replace").decode())
-def test_no_answer_takes_long(text, one_second):
-    examples = [FOUR, PETS, NUMBER, CHART, YES, LIST, LETTER, {"answer": "red"}]
-    begin = time.perf_counter()
-    assert not any(is_correct(text, example) for example in examples)
-    assert time.perf_counter() - begin < 10
-
-
-def test_mathematics_goes_on_after_an_answer_that_was_stopped(one_second):
-    begin = time.perf_counter()
-    assert not math_answers.same_value("4", "9^{9^{9^{9}}}")
-    assert 0.9 < time.perf_counter() - begin < 5
-    assert math_answers.same_value("\\frac{1}{2}", "\\frac{2}{4}")
-
-
-def test_mathematics_in_other_threads(one_second):
-    """math-verify itself refuses to work outside of the main thread."""
-    found = []
-    threads = [
-        threading.Thread(target=lambda n=n: found.append(math_answers.same_value(f"\\frac{{{n}}}{{2}}", f"{n}/2")))
-        for n in range(1, 9, 2)
-    ]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert found == [True] * 4
-
-
-def test_a_missing_math_verify_is_named(monkeypatch):
-    math_answers.stop()
-    math_answers.same_value.cache_clear()
-    monkeypatch.setattr(math_answers.sys, "executable", "/bin/true")
-    with pytest.raises(RuntimeError, match="pip install -r requirements.txt"):
-        math_answers.same_value("1", "\\frac{3}{3}")
-
-
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
@@ -328,35 +285,6 @@ def test_clean_takes_wrappers_off_until_none_is_left():
     assert clean("'5.'") == "5" and clean("...") == "" and clean("$45") == "$45" and clean("```cat```") == "cat"
 
 
-def test_primes_feet_and_inches_are_no_quotes():
-    """Quotes were stripped on one side, too: P was P', and 6 inches were 6 feet."""
-    assert clean("5'") == "5'" and clean("\u201cP\u2032\u201d") == "P'"
-    points, sizes = ["P'", "P", "Q"], ["6'", '6"']
-    for answer, expected in (("P'", True), ("A", True), ("'P''", True), ("P", False), ("B", False)):
-        assert is_correct(f"<answer>{answer}</answer>", {"answer": "P'", "choices": points}) is expected
-    assert not is_correct("<answer>B</answer>", {"answer": "A", "choices": sizes})
-    assert not is_correct("<answer>f</answer>", {"answer": "f'", "answer_type": "math"})
-    assert is_correct(r"<answer>$f^{\prime}$</answer>", {"answer": "f'", "answer_type": "math"})
-    assert not is_correct("<answer>6'</answer>", {"answer": '6"'})
-
-
-@pytest.mark.parametrize(
-    ("answer", "gold", "expected"),
-    [
-        ("45%", "$45", False),
-        ("€5", "$5", False),
-        ("45 dollars", "45%", False),
-        ("45", "$45", True),
-        ("45 dollars", "$45", True),
-        ("45 %", "45", True),
-    ],
-)
-@pytest.mark.parametrize("answer_type", [None, "relaxed_number"])
-def test_a_unit_may_be_left_out_but_not_be_another_one(answer, gold, expected, answer_type):
-    example = {"answer": gold} | ({"answer_type": answer_type} if answer_type else {})
-    assert is_correct(f"<answer>{answer}</answer>", example) is expected
-
-
 def test_a_number_names_the_choice_with_its_unit_and_none_where_several_could_be_meant():
     for choices, answer, expected in (
         (["5", "5%"], "5 %", "5%"),
@@ -370,54 +298,27 @@ def test_a_number_names_the_choice_with_its_unit_and_none_where_several_could_be
         assert right == ([expected] if expected else [])
 
 
+def test_choices_of_a_dictionary_of_yours_may_be_numbers():
+    for answer in ("1,000", "A", "A. 1000"):
+        assert is_correct(f"<answer>{answer}</answer>", {"answer": 1000, "choices": [1000, 4]}), answer
+
+
 def test_choices_that_are_letters_are_numbered():
     """Of D, B, A, C an answer A was the third, also where a model meant the first by it."""
     example = {"question": "Which part?", "answer": "D", "choices": ["D", "B", "A", "C"]}
     assert question_text(example).splitlines() == ["Which part?", "1. D", "2. B", "3. A", "4. C"]
     for answer, expected in (("D", True), ("1", True), ("(1) D", True), ("D (1)", True), ("A", False), ("3", False)):
         assert is_correct(f"<answer>{answer}</answer>", example) is expected, answer
+    for answer in ("C", "3", "none", "3. none"):  # gold may be a letter that is no text
+        assert is_correct(f"<answer>{answer}</answer>", {"answer": "C", "choices": ["B", "A", "none"]}), answer
     assert choice_labels(["A", "b", "C"]) == ["A", "B", "C"], "no letter means another one"
     assert choice_labels(["B", "A", "2"]) == ["A", "B", "C"], "numbers would be no better"
     assert choice_labels(["red", "AB", ""]) == ["A", "B", "C"] and choice_labels([]) == []
 
 
-@pytest.mark.parametrize(
-    ("answer", "gold", "expected"),
-    [
-        ("a b", "b", False),
-        ("a -5", "-5", False),
-        ("n", "N", False),
-        ("12 m", "12 cm", False),
-        ("12", "12 cm", True),
-        ("2 m", "2m", True),
-        ("even", "Even", True),
-        ("an even number", "even number", True),
-        ("twelve", "12", True),
-    ],
-)
-def test_mathematics_has_cases_units_and_no_articles(answer, gold, expected):
-    assert is_correct(f"<answer>{answer}</answer>", {"answer": gold, "answer_type": "math"}) is expected
-
-
 def test_an_answer_with_nothing_to_compare_is_no_example():
     for answer in ("...", '""', "\u200b", "$.$"):
         assert "nothing that could be compared" in answer_problem(answer, None, None)
-
-
-def test_an_interrupted_question_does_not_answer_the_next_one(one_second, monkeypatch):
-    """The reply of the question that Ctrl-C cut short was read as that of the one after it."""
-
-    class Interrupted:
-        def readline(self):
-            raise KeyboardInterrupt
-
-        def close(self):
-            pass
-
-    monkeypatch.setattr(math_answers._child, "stdout", Interrupted())
-    with pytest.raises(KeyboardInterrupt):
-        math_answers.same_value("3", "3")
-    assert not math_answers.same_value("3", "4") and math_answers.same_value("7", "7.0")
 
 
 def test_the_reward_uses_this_very_check():

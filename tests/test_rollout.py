@@ -229,6 +229,9 @@ def test_the_command_writes_rows_and_goes_on_where_it_stopped(tmp_path, monkeypa
         rollout.main(replace(config, temperature=0.5))
     rollout.main(config)
     assert output.read_text() == whole
+    output.write_text(lines[0][:20])  # in the middle of the first one
+    rollout.main(config)
+    assert output.read_text() == whole
 
 
 def test_scripts_import_silently():
