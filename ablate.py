@@ -21,6 +21,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
+from threading import Event
 
 from tqdm import tqdm
 
@@ -182,7 +183,7 @@ def _rounded(value: float | None) -> float | None:
 # --- the grid -----------------------------------------------------------------------------------------------------
 
 
-def start_run(name: str, seed: int, config: AblateConfig, at_work: set) -> str | None:
+def start_run(name: str, seed: int, config: AblateConfig, at_work: set, stopped: Event) -> str | None:
     """One run in a process of its own with one thread; None, or where it says what went wrong."""
     log = Path(config.work_dir) / f"{name}-{seed}.log"
     log.parent.mkdir(parents=True, exist_ok=True)
@@ -192,6 +193,8 @@ def start_run(name: str, seed: int, config: AblateConfig, at_work: set) -> str |
     with log.open("w", encoding="utf-8") as file:
         process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=environment)
         at_work.add(process)
+        if stopped.is_set():  # meanwhile: whoever set it may have looked through at_work before
+            process.terminate()
         code = process.wait()
         at_work.discard(process)
     return f"{name}/{seed} ended with exit code {code}: see {log}" if code else None
@@ -234,14 +237,14 @@ def run_missing(missing: list[tuple[str, int]], done: int, config: AblateConfig)
     Raises:
         KeyboardInterrupt: Ctrl-C or SIGTERM, which is passed on to the processes: a run in training saves first.
     """
-    failed, at_work = [], set()
+    failed, at_work, stopped = [], set(), Event()
     with (
         interrupted_by(signal.SIGTERM),
         ThreadPoolExecutor(config.processes) as pool,
         tqdm(total=done + len(missing), initial=done, desc="grid", unit="run") as progress,
     ):
-        futures = {pool.submit(start_run, *run, config, at_work): run for run in missing}
         try:
+            futures = {pool.submit(start_run, *run, config, at_work, stopped): run for run in missing}
             for future in as_completed(futures):
                 if problem := future.result():
                     failed.append(problem)
@@ -249,6 +252,7 @@ def run_missing(missing: list[tuple[str, int]], done: int, config: AblateConfig)
                 progress.set_postfix_str("/".join(map(str, futures[future])), refresh=False)
                 progress.update()
         except KeyboardInterrupt:
+            stopped.set()
             pool.shutdown(wait=False, cancel_futures=True)
             for process in list(at_work):
                 process.terminate()

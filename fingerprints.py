@@ -38,7 +38,7 @@ def picture_name(image) -> list:
 
 def example_bytes(row: dict) -> bytes:
     """All that is written about an example (as Examples.peek gives it), its pictures and masks by picture_name."""
-    kept = {name: value for name, value in row.items() if name not in ("images", "masks")}
+    kept = {name: value for name, value in row.items() if name not in ("image", "images", "mask", "masks")}
     pictures = [picture_name(image) for name in ("images", "masks") for image in row.get(name) or ()]
     return json.dumps([kept, pictures], sort_keys=True, default=str).encode()
 

@@ -1,6 +1,7 @@
 """The grid: its settings, its runs through the real commands, and what is made of their results."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -235,6 +236,24 @@ def test_a_grid_that_is_stopped_stops_its_runs(tmp_path, number):
     assert process.wait(100) != 0
     _, alive = psutil.wait_procs(children, timeout=60)
     assert children and not alive
+
+
+def test_a_grid_that_is_stopped_while_a_run_begins_stops_that_run(tmp_path, monkeypatch):
+    """A process that was there, and not yet known to be, was waited for to its end."""
+    begun = []
+
+    def popen(*_, **__):
+        begun.append(subprocess_popen(["sleep", "100"]))
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(1)
+        return begun[0]
+
+    subprocess_popen = subprocess.Popen
+    monkeypatch.setattr(ablate.subprocess, "Popen", popen)
+    config = AblateConfig(output_dir=str(tmp_path / "out"), work_dir=str(tmp_path / "work"))
+    with pytest.raises(KeyboardInterrupt):
+        ablate.run_missing([("base", 0)], 0, config)
+    assert begun[0].wait(10) == -signal.SIGTERM
 
 
 def heed_interrupts():
