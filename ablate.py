@@ -49,10 +49,12 @@ GRID: dict[str, dict | None] = {
     "beta-0": ATTENTION | {"beta": 0.0},
     "beta-1e-2": ATTENTION | {"beta": 1e-2},
     "lr-5e-5": ATTENTION | {"learning_rate": 5e-5},
+    "accuracy-lr-5e-5": {"attention_weight": 0.0, "learning_rate": 5e-5},
     "fast": ATTENTION | FAST,
     "fast-gate": ATTENTION | FAST | {"attention_gate": True},
     "fast-border": ATTENTION | FAST | {"border_mask": True},
     "fast-kl-target": ATTENTION | FAST | {"kl_target": 0.05},
+    "fast-accuracy": {"attention_weight": 0.0} | FAST,
     "fast-full": FAST,
     "fast-full-normalized": FAST | {"attention_normalized": True},
     "region": {"attention_weight": 0.0, "accuracy_weight": 0.0, "region_weight": 1.0},
@@ -66,7 +68,7 @@ SETS = {
     "newtype": "a question type never trained on",
 }
 LOGGED = ("kl", "entropy", "completion_length", "reward/tas", "reward/attention", "reward/format", "reward/accuracy")
-LOGGED += ("advantage_share/attention", "advantage_share/format", "advantage_share/accuracy")
+LOGGED += tuple(f"advantage_share/{name}" for name in ("attention", "format", "accuracy", "region", "memory"))
 LAST_STEPS = 10  # training figures are means over so many steps at the end
 TOKENS_OF = 200  # examples whose scored tokens are counted
 NUM_TOKENS = 12  # of them, so many are kept
@@ -186,17 +188,20 @@ def _rounded(value: float | None) -> float | None:
 def start_run(name: str, seed: int, config: AblateConfig, at_work: set, stopped: Event) -> str | None:
     """One run in a process of its own with one thread; None, or where it says what went wrong."""
     log = Path(config.work_dir) / f"{name}-{seed}.log"
-    log.parent.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, str(Path(__file__)), "--run", f"{name}/{seed}", "--output_dir", config.output_dir]
     command += ["--work_dir", config.work_dir, "--max_steps", str(config.max_steps), "--limit", str(config.limit)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    with log.open("w", encoding="utf-8") as file:
-        process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=environment)
-        at_work.add(process)
-        if stopped.is_set():  # meanwhile: whoever set it may have looked through at_work before
-            process.terminate()
-        code = process.wait()
-        at_work.discard(process)
+    try:
+        log.parent.mkdir(parents=True, exist_ok=True)
+        with log.open("a", encoding="utf-8") as file:
+            process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=environment)
+            at_work.add(process)
+            if stopped.is_set():  # meanwhile: whoever set it may have looked through at_work before
+                process.terminate()
+            code = process.wait()
+            at_work.discard(process)
+    except OSError as error:  # a full disk; the other runs may still have their place
+        return f"{name}/{seed} could not be started: {error}"
     return f"{name}/{seed} ended with exit code {code}: see {log}" if code else None
 
 
@@ -251,7 +256,7 @@ def run_missing(missing: list[tuple[str, int]], done: int, config: AblateConfig)
                     progress.write(problem)
                 progress.set_postfix_str("/".join(map(str, futures[future])), refresh=False)
                 progress.update()
-        except KeyboardInterrupt:
+        except BaseException:  # whatever it is: no run is left at work behind it
             stopped.set()
             pool.shutdown(wait=False, cancel_futures=True)
             for process in list(at_work):

@@ -15,7 +15,7 @@ import pytest
 import ablate
 import claims
 from ablate import GRID, SETS, AblateConfig
-from claims import CLAIMS, MARKERS, NOT_THE_PAPERS, Claim, claims_table, correlation, t_interval, verdict
+from claims import CLAIMS, MARKERS, NOT_THE_PAPERS, Claim, claims_table, correlation, sure_claims, verdict
 from config import ConfigError, read_config
 from train_rl import Config
 
@@ -25,7 +25,7 @@ def test_every_row_is_a_valid_config_and_every_claim_compares_rows():
         if settings is not None:
             assert Config(**settings).problems() == [], name
     for claim in CLAIMS + NOT_THE_PAPERS:
-        assert claim.better in GRID and claim.worse in GRID and claim.metric in ("accuracy", "tas")
+        assert claim.better in GRID and claim.worse in GRID and claim.metric in ("accuracy", "tas", "length")
     compared = {row for claim in CLAIMS + NOT_THE_PAPERS for row in (claim.better, claim.worse)}
     assert len({json.dumps(settings, sort_keys=True) for settings in GRID.values()}) == len(GRID), "no row twice"
     assert compared == set(GRID), "every row is in a comparison"
@@ -50,25 +50,6 @@ def test_what_cannot_be_is_named():
 
 
 @pytest.mark.parametrize(
-    ("values", "expected"),
-    [
-        ((1.0, 2.0, 3.0), (2.0, 2.484)),  # as a table of Student's t gives it
-        ((0.1, 0.1, 0.1, 0.1, 0.1), (0.1, 0.0)),
-        ((1.0, 3.0), (2.0, 12.706)),
-        ((4.0,), (4.0, float("inf"))),
-    ],
-)
-def test_intervals_of_students_t(values, expected):
-    assert t_interval(values) == pytest.approx(expected, abs=1e-3)
-
-
-def test_an_interval_holds_the_mean_as_often_as_it_says():
-    draws = np.random.default_rng(0).normal(3.0, 2.0, size=(4000, 5))
-    held = [abs(mean - 3.0) <= half for mean, half in map(t_interval, draws.tolist())]
-    assert 0.94 < np.mean(held) < 0.96
-
-
-@pytest.mark.parametrize(
     ("differences", "expected"),
     [
         ([0.02, 0.03, 0.025], ("holds", "+2.5 ± 1.2")),
@@ -83,8 +64,10 @@ def test_verdicts(differences, expected):
 
 
 def result(row, seed, accuracy, tas=0.5):
-    numbers = {"accuracy": accuracy, "tas": tas, "length": 20.0, "format": 1.0, "examples": 1000}
+    length = 20.0 if row == "base" else 22.0
+    numbers = {"accuracy": accuracy, "tas": tas, "length": length, "format": 1.0, "examples": 1000}
     training = {"kl": 0.01, "advantage_share/attention": 0.75, "advantage_share/format": 0.25}
+    training |= {"reward/attention": 0.2, "reward/format": 1.0}
     return {
         "row": row,
         "seed": seed,
@@ -94,6 +77,7 @@ def result(row, seed, accuracy, tas=0.5):
         "training": {} if row == "base" else training | {"advantage_share/accuracy": 0.0},
         "sets": {name: numbers for name in SETS},
         "tokens": [["look", 0.5, 0.8], ["", 0.25, 0.1]],
+        "versions": {"torch": "2.14"},
     }
 
 
@@ -116,13 +100,17 @@ def test_the_report_is_made_of_the_files_alone(folder):
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL, "as it was, for what this process does next"
     text = (folder / "table.md").read_text()
     assert "7 runs, 3.5 hours" in text
+    assert "with torch 2.14" in text
     assert "| `attention` | 3 | 61.0 ± 2.5 | 61.0 ± 2.5 | 61.0 ± 2.5 | 70.0 ± 0.0 |" in text
     assert "| `base` | 1 | 50.0 | 50.0 |" in text and "Not run yet: `full`, `top-20`, " in text
     # Paired by seed: the same spread in both rows leaves no doubt about their difference.
     assert "| `attention` − `accuracy` | **holds** +10.0 ± 0.0 |" in text
     assert "| `attention` − `base` | **holds** +11.0 ± 2.5 |" in text
-    assert "| `accuracy` − `base` | **undecided** +1.0 ± 2.5 |" in text
-    assert "| `attention` | 75 ± 0 | 25 ± 0 | 0 ± 0 | `look` 50 %, 0.80, ` ` 25 %, 0.10 |" in text
+    assert "| `accuracy` − `base` | undecided +1.0 ± 2.5 |" in text
+    assert "| `base` − `attention` (tokens) | **does not hold** -2.0 ± 0.0 |" in text
+    assert (
+        "| `attention` | 0.20 ± 0.00 | 1.00 ± 0.00 | - | 75 ± 0 | 25 ± 0 | 0 ± 0 | `look` 50 %, 0.80, ` ` 25 %" in text
+    )
     page = Path("RESULTS.md").read_text()
     assert text.strip() in page and "former text" not in page and page.endswith("The end \\1.\n")
     assert (folder / "figure.png").stat().st_size > 10_000
@@ -141,23 +129,50 @@ def test_an_empty_folder_is_said_to_be_empty(tmp_path):
 
 
 def test_seeds_that_only_one_row_has_are_left_out():
+    claim, sets = Claim("It is better", "", "full", "fast"), {"validation": ""}
     results = {"full": {seed: result("full", seed, 0.6) for seed in (0, 1, 2)}}
     results["fast"] = {seed: result("fast", seed, 0.5) for seed in (1, 2, 3)}
-    text = claims_table(results, [Claim("It is better", "", "full", "fast")], {"validation": ""})
-    assert "**holds** +10.0 ± 0.0" in text
-    assert claims.differences(results["full"], results["fast"], "sets", "validation", "accuracy") == pytest.approx(
-        [0.1, 0.1]
-    )
+    sure, tested = sure_claims(results, [claim], sets)
+    assert (sure, tested) == ({(claim, "validation")}, 1)
+    assert "**holds** +10.0 ± 0.0" in claims_table(results, [claim], sets, sure)
+    assert claims.differences(results, claim, "validation") == pytest.approx([0.1, 0.1])
+    turned = Claim("It is worse", "", "base", "full")
+    results["base"] = {0: result("base", 0, 0.5)}
+    assert claims.differences(results, turned, "validation") == pytest.approx([-0.1] * 3), "one base for every seed"
 
 
-@pytest.mark.parametrize(("slope", "word"), [(1, "holds"), (-1, "does not hold")])
-def test_correlation_of_tas_and_accuracy(slope, word):
+@pytest.mark.parametrize(("slope", "word"), [(1, ": holds, +"), (-1, ": does not hold, -")])
+def test_correlation_of_tas_and_accuracy_over_rows(slope, word):
     places = np.linspace(0.4, 0.8, 12)
     noise = 0.02 * np.random.default_rng(0).normal(size=12)
-    runs = {n: result("full", n, 0.5 + slope * (tas - 0.6) + noise[n], tas) for n, tas in enumerate(places)}
-    assert f"**{word}**, correlation {'+' if slope > 0 else '-'}0.9" in correlation(
-        {"full": runs}, {"validation": "same"}
-    )
+    rows = {
+        str(n): {
+            seed: result("full", seed, 0.5 + slope * (tas - 0.6) + noise[n] + way * 0.2, tas - way * 0.1)
+            for seed, way in enumerate((-1, 1))
+        }
+        for n, tas in enumerate(places)
+    }
+    assert word in correlation(rows, list(rows), {"validation": "same"})
+    assert correlation(rows, ["0", "1"], {"validation": "same"}) == "", "two rows say nothing"
+
+
+def test_a_run_whose_completions_have_no_tas_does_not_end_the_report(folder):
+    """A policy that fell silent: the figure multiplied None by 100, behind hours of runs."""
+    Path("ablation/runs/fast-0.json").write_text(json.dumps(result("fast", 0, 0.0, None)))
+    ablate.main(AblateConfig(report=True))
+    assert "| `fast` | 1 | 0.0 | 0.0 | 0.0 | - |" in (folder / "table.md").read_text()
+    assert (folder / "figure.png").stat().st_size > 10_000
+
+
+def test_a_log_that_cannot_be_written_is_told_and_the_others_go_on(tmp_path, monkeypatch):
+    """A full disk: the pool went on for hours without a bar, and could not be stopped."""
+    config = AblateConfig(output_dir=str(tmp_path / "out"), work_dir=str(tmp_path / "work"))
+    (tmp_path / "work" / "base-0.log").mkdir(parents=True)
+    popen = subprocess.Popen
+    monkeypatch.setattr(ablate.subprocess, "Popen", lambda _, **more: popen(["true"], **more))
+    (problem,) = ablate.run_missing([("base", 0), ("full", 0)], 0, config)
+    assert problem.startswith("base/0 could not be started: ")
+    assert (tmp_path / "work" / "full-0.log").exists()
 
 
 def test_the_grid_through_the_real_commands(tmp_path):
