@@ -3,8 +3,10 @@
     [ prompt | c1 c1 c1 | c2 c2 | c3 c3 c3 c3 ]
 
 A prompt's tokens attend to the prompt, causally. A completion's tokens attend to the prompt, all of it, and to their
-own completion, causally: two products, whose softmax is one. So no mask of S x S exists, no key is copied, and what
-completions do not see of each other is never computed. A function in transformers' AttentionInterface does it.
+own completion, causally: two products, whose softmax is one. So no mask of S x S exists, and what completions do not
+see of each other is never computed. On a CPU no key is copied; on other devices, whose kernels keep the sum of a
+softmax to themselves, every completion has a copy of its prompt's keys, a layer at a time. A function in transformers'
+AttentionInterface does it.
 """
 
 from __future__ import annotations

@@ -212,11 +212,6 @@ def whole_checkpoint(output_dir: Path) -> tuple[Path | None, list[str]]:
     return None, passed_over
 
 
-def newest_checkpoint(output_dir: Path) -> Path | None:
-    """The whole checkpoint of the latest step, or None."""
-    return whole_checkpoint(output_dir)[0]
-
-
 def drop_old(output_dir: Path, newest: Path, limit: int | None) -> None:
     """Delete the oldest checkpoints beyond `limit`, up to `newest`, which was written just now and stays."""
     steps = [path for path in all_checkpoints(output_dir) if NAME.fullmatch(path.name)]

@@ -17,7 +17,6 @@ down as it comes, so that the same command goes on after a stop and asks nothing
 """
 
 import difflib
-import hashlib
 import json
 import os
 import re
@@ -35,7 +34,7 @@ from checkpoint import write_whole
 from config import ConfigError, PolicyConfig, at_least, option, read_jsonl, run_command
 from data.benchmarks import BENCHMARKS, PAPER_NINE, load_benchmark, local_copies, published
 from data.examples import load_examples
-from fingerprints import digest, example_bytes, hold_to_settings
+from fingerprints import digest, example_names, hold_to_settings, loaded_from
 from processes import wait_for_forwards
 from reward import RewardConfig, extract_answer, score_group
 from rollout import Group, check_prompts, sample_groups
@@ -210,12 +209,6 @@ def settings_of(config: EvaluateConfig, policy: str) -> dict:
     return settings
 
 
-def asked(examples) -> dict[str, str]:
-    """A name for all that each example holds (a picture's file by its name and size), by its id, in their order."""
-    rows = (examples.peek(index) for index in range(len(examples)))
-    return {row["id"]: hashlib.sha256(example_bytes(row)).hexdigest()[:16] for row in rows}
-
-
 def stored_rows(path: Path, settings: dict, questions: dict[str, str]) -> dict[str, dict]:
     """{id: row} of the examples that a former run answered; a line that was being written then is dropped.
 
@@ -280,7 +273,7 @@ def main(config: EvaluateConfig) -> None:
     questions, answered = {}, {}
     settings = {policy: settings_of(config, policy) for policy in policies} if folder else {}
     for name, examples in tasks.items() if folder else ():
-        questions[name] = asked(examples)
+        questions[name] = example_names(examples)
         for policy in policies:
             path = folder / name / f"{policy}.jsonl"
             answered[name, policy] = stored_rows(path, settings[policy], questions[name])
@@ -288,6 +281,10 @@ def main(config: EvaluateConfig) -> None:
         model, processor = load_policy(**config.policy_arguments(lora_rank=0))
         model.requires_grad_(False)  # a frozen vision tower's features are kept from sampling to scoring
         resolve_layers(model, config.attention_layers)
+        for name, policy in answered if folder else ():  # a Hub id, and "auto", may mean another today
+            arguments = config.policy_arguments(0) | ({"adapter": None} if policy == "base" else {})
+            loaded = {"loaded": loaded_from(arguments, model)}
+            hold_to_settings(folder / name / f"{policy}.jsonl", settings[policy] | loaded)
         for examples in tasks.values():
             check_prompts(model, processor, examples, config, config.max_new_tokens)
         for name, examples in tasks.items():
@@ -298,7 +295,7 @@ def main(config: EvaluateConfig) -> None:
                         answered[name, policy] = evaluate_policy(model, processor, examples, config, description=title)
                         continue
                     if len(questions[name]) > len(examples):  # prompts that do not fit were dropped
-                        questions[name] = asked(examples)
+                        questions[name] = example_names(examples)
                     path, done = folder / name / f"{policy}.jsonl", answered[name, policy]
                     done = {identifier: done[identifier] for identifier in questions[name] if identifier in done}
                     answered[name, policy] = evaluate_missing(

@@ -6,12 +6,16 @@ as they are, folders and pictures by a short name that changes when they do.
 
 import hashlib
 import json
+import os
 from pathlib import Path
 
 from PIL import Image
 
 from checkpoint import stored_json, write_whole
 from config import ConfigError
+from lora import adapter_folder
+from prompts import base_model
+from vlm import compute_dtype
 
 
 def digest(folder: Path) -> str:
@@ -43,8 +47,32 @@ def example_bytes(row: dict) -> bytes:
     return json.dumps([kept, pictures], sort_keys=True, default=str).encode()
 
 
+def example_names(examples) -> dict[str, str]:
+    """A short name for all that each example holds (see example_bytes), by its id, in their order."""
+    rows = (examples.peek(index) for index in range(len(examples)))
+    return {row["id"]: hashlib.sha256(example_bytes(row)).hexdigest()[:16] for row in rows}
+
+
+def loaded_from(arguments: dict, policy) -> dict:
+    """{"model": ..., "adapter": ..., "number_format": ...}: what a loaded policy is, where names alone may come to mean
+    another.
+
+    Args:
+        arguments: those of load_policy. A folder is named by its files, what is from the Hub by its commit.
+    """
+    model, adapter = Path(arguments["model"]), arguments["adapter"]
+    commit = getattr(base_model(policy).config, "_commit_hash", None)
+    found = {"model": digest(model) if model.is_dir() else commit, "adapter": None}
+    if adapter:
+        folder = Path(adapter_folder(adapter))  # of a Hub adapter: .../snapshots/COMMIT
+        found["adapter"] = digest(folder) if os.path.isdir(os.path.expanduser(adapter)) else folder.name
+    return found | {"number_format": str(compute_dtype(policy))}
+
+
 def hold_to_settings(rows: Path, settings: dict) -> None:
     """Note beside a file of rows (as NAME.settings.json) what they are made with; rows that are there must fit it.
+
+    `settings` may have "loaded", what is known when the policy is loaded; without it, that of the note stays.
 
     Raises:
         ConfigError: they were made with other settings, which are named.
@@ -52,7 +80,11 @@ def hold_to_settings(rows: Path, settings: dict) -> None:
     note = rows.with_suffix(".settings.json")
     has_rows = rows.exists() and rows.stat().st_size > 0  # a start that failed before its first row binds nobody
     before = (stored_json(note) if has_rows else None) or settings
-    names = [name for name in {**settings, **before} if before.get(name) != settings.get(name)]
+    if "loaded" in before:
+        settings = settings | {"loaded": settings.get("loaded", before["loaded"])}
+    names = [name for name in {**before, **settings} if before.get(name) != settings.get(name)]
+    if "loaded" not in before:  # noted now
+        names = [name for name in names if name != "loaded"]
     if names:
         changed = "; ".join(f"{name} was {before.get(name)!r}, is {settings.get(name)!r}" for name in names)
         raise ConfigError(

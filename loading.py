@@ -29,6 +29,7 @@ def load_policy(
     attn: str = "sdpa",
     dtype: str = "auto",
     device: str | torch.device | None = None,
+    load_on: str | torch.device | None = None,
     lora_alpha: int = 32,
     lora_targets: str = "language",
     max_pixels: int | None = None,
@@ -46,6 +47,8 @@ def load_policy(
         dtype: "float32", "bfloat16", "float16", or "auto" (the checkpoint's own, see choose_dtype). LoRA weights are
             float32 in any case.
         device: default is the first GPU if there is one, else the CPU.
+        load_on: where the weights are put, if not on `device`, for which dtype="auto" chooses: a model that is to be
+            shared out over several GPUs does not fit on one.
         lora_targets: "language" for the linear layers of the language model, "all-linear" for vision as well.
         max_pixels: pictures with more pixels are shrunk to this many before they become tokens.
         revision: branch, tag or commit of a Hub model.
@@ -86,7 +89,7 @@ def load_policy(
             dtype=number_format,
             attn_implementation=attn,
             quantization_config=quantization,
-            device_map={"": device},
+            device_map={"": torch.device(load_on or device)},
         )
     except (OSError, ValueError, SafetensorError) as error:
         raise PolicyError(

@@ -10,13 +10,14 @@ optimizer, checkpoints and adapter are what they are without shares.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from itertools import chain
+from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import FullyShardedDataParallelPlugin, InitProcessGroupKwargs, reduce
+from accelerate.utils import FullyShardedDataParallelPlugin, InitProcessGroupKwargs, broadcast_object_list, reduce
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
@@ -76,6 +77,27 @@ def make_accelerator(config) -> Accelerator:
 
 
 # --- equal in all processes ---------------------------------------------------------------------------------------
+
+
+def read_by_main(read: Callable[[], Any], is_main: bool) -> Any:
+    """What the main process reads from its disk, in every process: another machine's disk may hold something else.
+
+    What decides how often processes meet (is there an evaluation already?) must be the same in all of them, or they
+    wait for each other without end.
+
+    Raises:
+        ConfigError: that of `read`, in every process.
+    """
+    found, problem = None, None
+    if is_main:
+        try:
+            found = read()
+        except ConfigError as error:
+            problem = str(error)
+    found, problem = broadcast_object_list([found, problem])
+    if problem is not None:
+        raise ConfigError(problem)
+    return found
 
 
 def average_gradients(parameters: Sequence[Tensor], accelerator) -> None:
@@ -173,9 +195,3 @@ def wait_for_forwards(model: nn.Module) -> None:
     """After a stage whose number of forwards differs between processes; nothing where each has a copy of the model."""
     if is_shared_out(model):
         base_model(model).model.get_decoder().turns.wait(model)
-
-
-def bytes_here(model: nn.Module) -> int:
-    """Bytes of the weights that this process holds."""
-    local = [weight.to_local() if isinstance(weight, DTensor) else weight for weight in model.parameters()]
-    return sum(weight.numel() * weight.element_size() for weight in local)

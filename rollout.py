@@ -27,7 +27,7 @@ from checkpoint import write_whole
 from config import ConfigError, PolicyConfig, SamplingConfig, option, read_jsonl, run_command, writable
 from data.examples import DataError, load_examples
 from families import PolicyError, pictures_of
-from fingerprints import hold_to_settings
+from fingerprints import example_names, hold_to_settings, loaded_from
 from loading import eos_token_ids, suppressed_token_ids
 from packing import Tokens, model_layout, packed_layout, split_by_tokens
 from prompts import (
@@ -134,7 +134,7 @@ def sample_groups(
     generators = generators or [None] * len(prompts)
     sizes = [len(prompt.input_ids) + num_generations * max_new_tokens for prompt in prompts]
     completions: list[Tensor] = []
-    with evaluating(model), autocast(model):  # here, so that LoRA weights are cast once, not for every token
+    with evaluating(model), autocast(model):  # around all tokens: what it casts is kept until its end
         for part in split_by_tokens(sizes, sampling_tokens if is_packed(model) else 0):
             choose = partial(choose_tokens, temperature=temperature, top_p=top_p)
             completions += sample_completions(
@@ -361,20 +361,28 @@ class RolloutConfig(SamplingConfig, PolicyConfig):
 
 
 def main(config: RolloutConfig) -> None:
-    output, done = Path(config.output), set()
+    output, done = Path(config.output), {}
     if output.exists() and not config.resume:
         raise ConfigError(f"output={config.output!r} exists: add --resume to go on with it, or give another name")
     if output.exists():
         rows = read_jsonl(output)
         if any("completion_ids" not in row for _, row in rows):
             raise ConfigError(f"output={config.output!r} was not written by rollout.py: give another name")
-        done = {row["id"] for _, row in rows}
+        done = {row["id"]: row.get("asked") for _, row in rows}
     settings = {name: value for name, value in asdict(config).items() if name not in MAY_CHANGE}
     hold_to_settings(output, settings)
     if output.exists():
         write_whole(output, "".join(line + "\n" for line, _ in rows))  # without a line that was being written
     examples = load_examples(config.data, **config.data_arguments(), require_boxes=False)
+    names = example_names(examples)
+    other = [identifier for identifier, name in done.items() if name and names.get(identifier, name) != name]
+    if other:
+        raise ConfigError(
+            f"output={config.output!r}: {len(other)} examples are not what they were, the first is {other[0]!r}: the "
+            "data changed; give another name"
+        )
     model, processor = load_policy(**config.policy_arguments(lora_rank=0))
+    hold_to_settings(output, settings | {"loaded": loaded_from(config.policy_arguments(0), model)})
     check_prompts(model, processor, examples, config, config.max_new_tokens)
     with output.open("a", encoding="utf-8") as file:
         for index in tqdm(range(len(examples)), desc="rollout", unit="group"):
@@ -394,6 +402,7 @@ def main(config: RolloutConfig) -> None:
             )
             row = {
                 "id": example["id"],
+                "asked": names[example["id"]],
                 "question": example["question"],
                 "answer": example["answer"],
                 "prompt_tokens": len(group.prompt.input_ids),

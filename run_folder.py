@@ -18,7 +18,6 @@ from importlib.metadata import version
 from pathlib import Path
 
 import yaml
-from accelerate.utils import broadcast_object_list
 
 from checkpoint import (
     all_checkpoints,
@@ -31,7 +30,8 @@ from checkpoint import (
     write_whole,
 )
 from config import ConfigError, stored_config
-from fingerprints import digest, example_bytes
+from fingerprints import example_bytes, loaded_from
+from processes import read_by_main
 from saving import RowFile, insist
 from tables import METRICS, with_nan
 
@@ -77,17 +77,9 @@ def open_run(config, accelerator) -> Iterator[Run]:
         ConfigError: output_dir cannot be written to, is another process's, holds a run that is not to be resumed; or
             settings that a resumed run must keep are not the same.
     """
-    run, problem = Run(Path(config.output_dir)), None
+    run = Run(Path(config.output_dir))
     try:
-        if accelerator.is_main_process:
-            try:
-                _look(run, config)
-            except ConfigError as error:
-                problem = str(error)
-        told = [run.checkpoint, run.finished, run.former, problem]
-        run.checkpoint, run.finished, run.former, problem = broadcast_object_list(told)
-        if problem:
-            raise ConfigError(problem)
+        run.checkpoint, run.finished, run.former = read_by_main(lambda: _look(run, config), accelerator.is_main_process)
         yield run
     finally:
         for file in run.rows.values():
@@ -96,7 +88,8 @@ def open_run(config, accelerator) -> Iterator[Run]:
             os.close(run.lock)
 
 
-def _look(run: Run, config) -> None:
+def _look(run: Run, config) -> tuple[Path | None, bool, dict]:
+    """(checkpoint, finished, former) of the run."""
     former = run.folder / "config.yaml"
     has_run = former.exists() or any(all_checkpoints(run.folder))
     if has_run and not config.resume:
@@ -118,26 +111,26 @@ def _look(run: Run, config) -> None:
                 f"output_dir={config.output_dir!r}: {str(place)!r} is no folder that can be written to: {error}"
             ) from error
     if not config.resume:
-        return
+        return None, False, {}
     if not former.exists():
         if has_run:
             raise ConfigError(f"resume: {config.output_dir!r} holds checkpoints, but no config.yaml of their run")
         print(f"resume: {config.output_dir!r} holds no run yet: it starts at step 0")
-        return
+        return None, False, {}
     made = stored_json(run.folder / "run.json")  # without it, nothing can be compared
-    run.former = made if isinstance(made, dict) else {}
-    _compare_settings(former, run, config)
-    if _is_finished(run, config):
-        run.finished = True
+    made = made if isinstance(made, dict) else {}
+    _compare_settings(former, made, config)
+    if _is_finished(run.folder, made, config):
         print(
             f"resume: the run in {config.output_dir!r} is finished, at step {config.max_steps}; give more --max_steps"
         )
-        return
-    run.checkpoint, passed_over = whole_checkpoint(run.folder)
+        return None, True, made
+    checkpoint, passed_over = whole_checkpoint(run.folder)
     print("".join(f"resume: {sentence}\n" for sentence in passed_over), end="")
-    if run.checkpoint and step_of(run.checkpoint) > config.max_steps:
-        raise ConfigError(f"max_steps={config.max_steps}: {run.checkpoint} is further already; give more")
-    print(f"resume: from {run.checkpoint}" if run.checkpoint else "resume: no whole checkpoint, so from step 0")
+    if checkpoint and step_of(checkpoint) > config.max_steps:
+        raise ConfigError(f"max_steps={config.max_steps}: {checkpoint} is further already; give more")
+    print(f"resume: from {checkpoint}" if checkpoint else "resume: no whole checkpoint, so from step 0")
+    return checkpoint, False, made
 
 
 def _hold(run: Run) -> None:
@@ -162,11 +155,12 @@ def _hold(run: Run) -> None:
         time.sleep(0.2)
 
 
-def _compare_settings(path: Path, run: Run, config) -> None:
-    """Say which settings changed, and refuse those that a run must keep."""
+def _compare_settings(path: Path, made: dict, config) -> None:
+    """Say which settings changed, and refuse those that a run must keep; `made` is its run.json."""
     before, now = asdict(stored_config(path, type(config))), asdict(config)
     changed = [name for name in now if name != "resume" and before[name] != now[name]]
-    movable = WHEN_EXAMPLES_ARE_THE_SAME if "examples" in run.former else ()
+    movable = WHEN_EXAMPLES_ARE_THE_SAME if "examples" in made else ()
+    movable += ("dtype",) if "number_format" in made else ()  # which says what "auto" was
     refused = [name for name in changed if name not in MAY_CHANGE + movable]
     if refused:
         listed = "; ".join(f"{name} was {before[name]!r}, is {now[name]!r}" for name in refused)
@@ -180,28 +174,24 @@ def _compare_settings(path: Path, run: Run, config) -> None:
         print(f"resume: {name} was {before[name]!r}, is {now[name]!r}{more}")
 
 
-def _is_finished(run: Run, config) -> bool:
+def _is_finished(folder: Path, made: dict, config) -> bool:
     names = ["adapter/adapter_model.safetensors", "adapter/README.md", "metrics.jsonl", "samples.jsonl", "curves.png"]
-    names += ["evaluation.json"] if run.former.get("eval_examples") else []
-    return run.former.get("finished") == config.max_steps and all((run.folder / name).exists() for name in names)
+    names += ["evaluation.json"] if made.get("eval_examples") else []
+    return made.get("finished") == config.max_steps and all((folder / name).exists() for name in names)
 
 
 # --- what a run was made from -----------------------------------------------------------------------------------
 
 
-def made_from(config, examples, held_out, model, number_format: str, accelerator) -> dict:
+def made_from(config, examples, held_out, model, accelerator) -> dict:
     """What run.json says of a run: what it rests on beside its settings.
 
     Args:
         examples, held_out: data.examples.Examples behind every check; held_out may be None.
     """
-    folders = {name: Path(config.policy_arguments(0)[name] or "") for name in ("model", "adapter")}
-    files = {name: digest(path) if path.name and path.is_dir() else None for name, path in folders.items()}
-    files["model"] = files["model"] or getattr(model.config, "_commit_hash", None)  # of a Hub model
-    return files | {
+    return loaded_from(config.policy_arguments(0), model) | {
         "examples": _name_of(examples),
         "eval_examples": _name_of(held_out) if held_out else None,
-        "number_format": number_format,
         "device": accelerator.device.type,
         "processes": accelerator.num_processes,
         "versions": {name: version(name) for name in ("torch", "transformers", "peft", "bitsandbytes")},
@@ -227,6 +217,8 @@ def check_made_from(run: Run, config, now: dict) -> list[str]:
     called = {"examples": f"data={config.data!r}", "eval_examples": f"eval_data={config.eval_data!r}"}
     differ = [name for name in (*MUST_STAY, *SHOULD_STAY) if name in run.former and run.former[name] != now[name]]
     said = {name: f"{called.get(name, name)}: {run.former[name]} then, {now[name]} now" for name in differ}
+    if "number_format" in said:
+        said["number_format"] += f", --dtype {run.former['number_format'].removeprefix('torch.')} is that of then"
     refused = [said[name] for name in differ if name in MUST_STAY]
     if refused:
         raise ConfigError(
@@ -293,7 +285,10 @@ def begin(run: Run, config, made: dict, start: int) -> None:
 
 
 def former_evaluations(run: Run, max_steps: int) -> tuple[list[dict] | None, list[dict] | None]:
-    """Rows of the evaluations before and after that a former start of the run wrote; None for what is to be done."""
+    """Rows of the evaluations before and after that a former start of the run wrote; None for what is to be done.
+
+    Of this machine's disk: several processes take those of the main one (processes.read_by_main).
+    """
     if not run.former and not run.checkpoint:
         return None, None
     before, after = (stored_json(run.folder / name) for name in ("evaluation_before.json", "evaluation.json"))

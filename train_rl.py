@@ -36,6 +36,7 @@ from processes import (
     average_gradients,
     check_same_weights,
     make_accelerator,
+    read_by_main,
     share_out,
     wait_for_forwards,
     wants_shares,
@@ -134,8 +135,9 @@ class Config(RegionsConfig, RewardConfig, SamplingConfig, PolicyConfig):
 
 
 def make_optimizer(name: str, parameters: Sequence[Tensor], **settings) -> torch.optim.Optimizer:
-    """AdamW for LoRA weights. "paged_adamw_8bit" holds its state in 8 bits (tensors below 4,096 elements in 32), which
-    the GPU driver moves to the computer's memory when the card is full. On a CPU it is 8-bit, but not paged."""
+    """AdamW for LoRA weights. "paged_adamw_8bit" holds its state in 8 bits (tensors below 4,096 elements in 32); the
+    GPU driver moves that of tensors of 100,000 elements or more to the computer's memory when the card is full. On a
+    CPU, and in a run that was resumed, it is 8-bit, but not paged."""
     if name == "adamw":
         return torch.optim.AdamW(parameters, **settings)
     import bitsandbytes  # prints about its optional kernels: not when a script is imported
@@ -277,13 +279,14 @@ def train(config: Config, accelerator, run, stop) -> None:
     if run.checkpoint:
         arguments["adapter"] = str(run.checkpoint / "adapter")
     arguments |= {"lora_alpha": config.lora_alpha, "lora_targets": config.lora_targets}
-    model, processor = load_policy(**arguments, device="cpu" if wants_shares() else accelerator.device)
+    arguments |= {"device": accelerator.device, "load_on": "cpu" if wants_shares() else None}
+    model, processor = load_policy(**arguments)
     if wants_shares():
         share_out(model, accelerator)
     resolve_layers(model, config.attention_layers)
     for data in filter(None, (examples, held_out)):
         check_prompts(model, processor, data, config, config.max_new_tokens)
-    made = made_from(config, examples, held_out, model, str(compute_dtype(model)), accelerator)
+    made = made_from(config, examples, held_out, model, accelerator)
     notes = check_made_from(run, config, made)
     if config.regions == "attention":  # held-out data keeps its own: TAS is measured against those
         positions = range(config.max_steps * config.groups_per_step)
@@ -309,7 +312,8 @@ def train(config: Config, accelerator, run, stop) -> None:
     stop.last_step = start
 
     accelerator.wait_for_everyone()  # every process has looked at the folder before one of them fills it
-    before, after = former_evaluations(run, config.max_steps) if held_out else (None, None)
+    stored = read_by_main(lambda: former_evaluations(run, config.max_steps), main_process)
+    before, after = stored if held_out else (None, None)
     if held_out and before is None and start:
         notes.append("resume: evaluation_before.json is missing or damaged: there is nothing to compare the end with")
     accelerator.wait_for_everyone()

@@ -32,7 +32,7 @@ from data.pictures import load_picture
 from evaluate import digest
 from loading import portable_name
 from packing import layer_types
-from processes import wait_for_forwards
+from processes import read_by_main, wait_for_forwards
 from prompts import base_model, question_text, region_coverage
 from relative_attention import (
     GENERIC_QUESTION,
@@ -182,13 +182,12 @@ def attention_regions(model, processor, examples: Examples, indices: Iterable[in
     """
     state, settings = PartialState(), region_settings(model, config)
     path, layers = store_path(config, settings), settings["region_layers"]
-    stored = stored_regions(path, settings)
+    stored = read_by_main(lambda: stored_regions(path, settings), state.is_main_process)
     names, identifiers = {}, {}
     for index in tqdm(sorted(set(indices)), desc="pictures", disable=None, leave=False, delay=5):
         row = examples.peek(index)
         names[index], identifiers[index] = fingerprint(row), row["id"]
     missing = [index for index, name in names.items() if name not in stored]
-    state.wait_for_everyone()  # every process has read the file before one of them goes on writing it
     if missing and state.is_main_process:
         readable = json.dumps(settings, indent=1, ensure_ascii=False)
         try:

@@ -20,7 +20,9 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import small_run
 import torch
+from torch.distributed.tensor import DTensor
 
+import data.attention_regions
 import processes
 import train_rl
 from config import ConfigError, run_command
@@ -184,6 +186,12 @@ def same_mistake() -> None:
     train_rl.load_examples = loading
 
 
+def bytes_here(model) -> int:
+    """Bytes of the weights that this process holds."""
+    local = [weight.to_local() if isinstance(weight, DTensor) else weight for weight in model.parameters()]
+    return sum(weight.nbytes for weight in local)
+
+
 def shares() -> None:
     """Write bytes of weights to shares-RANK.json: the whole model, its layers' frozen ones, what this process holds
     when it has sampled, and after a step."""
@@ -192,7 +200,7 @@ def shares() -> None:
 
     def sampled(model, *arguments, **options):
         groups = sample(model, *arguments, **options)
-        sizes["sampling"] = processes.bytes_here(model)
+        sizes["sampling"] = bytes_here(model)
         return groups
 
     def measured(model, *arguments):
@@ -200,7 +208,7 @@ def shares() -> None:
         layers = base_model(model).model.get_decoder().layers.parameters()
         sizes["layers"] = sum(weight.nbytes for weight in layers if not weight.requires_grad)
         sizes["whole"] = sum(weight.nbytes for weight in model.parameters())
-        sizes["here"] = processes.bytes_here(model)
+        sizes["here"] = bytes_here(model)
         path = Path(arguments[4].output_dir) / f"shares-{RANK}.json"
         path.write_text(json.dumps(sizes), encoding="utf-8")
         return result
@@ -212,6 +220,12 @@ def shares_without_waiting() -> None:
     """Processes that have finished sampling leave the others alone."""
     processes.TIMEOUT.timeout = timedelta(seconds=20)
     train_rl.wait_for_forwards = lambda model: None
+
+
+def other_disk() -> None:
+    """A second machine, whose disk has nothing of what decides how much is still to be done."""
+    if RANK == 1:
+        train_rl.former_evaluations = data.attention_regions.stored_regions = lambda *_: fail("read another disk")
 
 
 def hang() -> None:
@@ -230,6 +244,7 @@ SCENARIOS = {
     "hang": hang,
     "drift": lambda: in_step(2, 1, drift),
     "same_mistake": same_mistake,
+    "other_disk": other_disk,
     "shares": shares,
     "shares_without_waiting": shares_without_waiting,
 }

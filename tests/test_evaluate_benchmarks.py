@@ -137,6 +137,22 @@ def test_an_evaluation_that_was_stopped_goes_on(stop_at, tmp_path, counted, monk
         assert (tmp_path / "stopped" / name).read_bytes() == (tmp_path / "undisturbed" / name).read_bytes(), name
 
 
+def test_rows_of_another_commit_or_number_format_are_not_mixed(tmp_path, counted):
+    """A Hub model whose main had moved, or "auto" on another card, went on in the same file."""
+    evaluate.main(long_config(tmp_path, "out"))
+    path, note = tmp_path / "out/vstar/base.jsonl", tmp_path / "out/vstar/base.settings.json"
+    first, whole = path.read_text().splitlines(keepends=True)[0], note.read_text()
+    assert json.loads(whole)["loaded"].keys() == {"model", "adapter", "number_format"}
+    path.write_text(first)
+    note.write_text(whole.replace("torch.float32", "torch.float16"))
+    with pytest.raises(ConfigError, match="loaded was .*float16'}, is .*float32'}. Give those again"):
+        evaluate.main(long_config(tmp_path, "out"))
+    assert path.read_text() == first
+    note.write_text(json.dumps({name: value for name, value in json.loads(whole).items() if name != "loaded"}))
+    evaluate.main(long_config(tmp_path, "out"))  # of a version that did not note it
+    assert note.read_text() == whole
+
+
 def test_an_evaluation_that_was_killed_goes_on(tmp_path, counted):
     """SIGKILL of a real process: what it wrote stays, is not asked again, and the result is that of one run."""
     config = long_config(tmp_path, "killed")

@@ -14,7 +14,7 @@ import torch
 from conftest import ragged_completions
 
 import train_rl
-from checkpoint import newest_checkpoint
+from checkpoint import whole_checkpoint
 from config import ConfigError
 from loading import load_policy
 from prompts import base_model, encode_prompt
@@ -166,7 +166,7 @@ def test_a_run_trains_stops_resumes_saves_and_loads_to_the_bit(
         stop_in_step(patch, 3)
         with pytest.raises(KeyboardInterrupt):
             run(stopped, **settings)
-    assert newest_checkpoint(stopped).name == "step-000002"
+    assert whole_checkpoint(stopped)[0].name == "step-000002"
     assert run(stopped, resume=True, **settings) == rows
     states = [torch.load(folder / "checkpoints/step-000004/state.pt") for folder in (tmp_path / "whole", stopped)]
     assert same(*states)

@@ -7,6 +7,7 @@ import torch
 from conftest import FAMILIES, LAYOUTS, PACKED, ragged_completions, randomize_adapter
 
 import attention
+import loading
 from grpo import LARGEST_EXPONENT, finite_exp, grpo_loss
 from loading import choose_dtype, load_policy
 from prompts import base_model, encode_prompt
@@ -64,6 +65,16 @@ def test_a_t4_gets_float16_although_torch_says_that_it_has_bfloat16(
     said = capsys.readouterr().err
     assert ("has no bfloat16" in said) == (expected == torch.float16 and not native)
     assert said.count("\n") <= 1
+
+
+def test_weights_of_a_model_to_be_shared_out_have_the_format_of_the_card(model_folders, monkeypatch):
+    """Its weights are read on the CPU, for which "auto" chose bfloat16 on cards that have none."""
+    asked = []
+    monkeypatch.setattr(loading, "choose_dtype", lambda *arguments: asked.append(arguments[2]) or torch.float16)
+    model, _ = load_policy(model_folders["qwen3_vl"], lora_rank=0, device="cuda", load_on="cpu")
+    assert asked == [torch.device("cuda")] and {(p.device.type, p.dtype) for p in model.parameters()} == {
+        ("cpu", torch.float16)
+    }
 
 
 # --- what is quantized, what is float32 --------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 import config
 import train_rl
-from checkpoint import newest_checkpoint
+from checkpoint import whole_checkpoint
 from config import ConfigError, run_command
 from metrics import step_notes
 from train_rl import Config
@@ -133,12 +133,20 @@ def test_two_machines_share_a_step_and_get_the_numbers_of_one(tmp_path, run_alon
     assert [path.name for path in (tmp_path / "machine-1").iterdir()] == ["watched-1.pt"]
 
 
+def test_what_is_left_to_do_is_decided_by_one_process(tmp_path):
+    """Each looked at its own disk for evaluations and regions; where these differed, they waited for each other."""
+    settings = {"limit": 3, "eval_limit": 1, "max_steps": 1, "regions": "attention"}
+    result = finished(launch("other_disk", tmp_path / "run", regions_folder=tmp_path / "kept", **settings))
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert len(rows_of(tmp_path / "run")) == 1
+
+
 def test_a_killed_process_ends_the_run_within_a_minute_and_leaves_the_checkpoint(tmp_path):
     result = finished(launch("kill", tmp_path / "run", eval_limit=1, save_steps=1))
     seconds = time.time() - float((tmp_path / "run" / "when").read_text())
     assert result.returncode != 0 and seconds < 60
     assert "Signal 9 (SIGKILL)" in result.stderr and "rank      : 1" in result.stderr
-    assert newest_checkpoint(tmp_path / "run").name == "step-000001"
+    assert whole_checkpoint(tmp_path / "run")[0].name == "step-000001"
     assert len(rows_of(tmp_path / "run")) == 1 and not (tmp_path / "run" / "adapter").exists()
 
 
@@ -147,7 +155,7 @@ def test_one_bit_that_differs_between_processes_is_found_before_it_is_saved(tmp_
     assert result.returncode != 0
     text = "after step 2 the processes [1] have other weights than process 0, first in base_model.model."
     assert result.stderr.count(text) == 1
-    assert newest_checkpoint(tmp_path / "run").name == "step-000001"
+    assert whole_checkpoint(tmp_path / "run")[0].name == "step-000001"
 
 
 def test_a_model_in_shares_trains_saves_and_goes_on_as_a_whole_one(tmp_path, run_alone):

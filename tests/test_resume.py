@@ -21,7 +21,7 @@ import checkpoint
 import run_folder
 import saving
 import train_rl
-from checkpoint import drop_old, keep_steps_until, newest_checkpoint, save_checkpoint
+from checkpoint import drop_old, keep_steps_until, save_checkpoint, whole_checkpoint
 from config import ConfigError, read_jsonl, stored_config
 from train_rl import Config
 
@@ -126,9 +126,9 @@ def test_replacing_a_damaged_checkpoint_never_leaves_fewer_whole_ones(tmp_path, 
     rename, seen = Path.rename, []
 
     def watching(path, target):
-        seen.append(newest_checkpoint(tmp_path))
+        seen.append(whole_checkpoint(tmp_path)[0])
         result = rename(path, target)
-        seen.append(newest_checkpoint(tmp_path))
+        seen.append(whole_checkpoint(tmp_path)[0])
         return result
 
     monkeypatch.setattr(Path, "rename", watching)
@@ -162,7 +162,7 @@ def test_only_the_oldest_checkpoints_go_and_never_the_newest(tmp_path):
     model, parts = a_model(tmp_path)
     for step in (1, 2, 3, 1_000_000):
         newest = save_checkpoint(tmp_path, step, model, parts)
-    assert newest_checkpoint(tmp_path) == newest  # by number, not by name
+    assert whole_checkpoint(tmp_path)[0] == newest  # by number, not by name
     drop_old(tmp_path, newest, None)
     assert len(list((tmp_path / "checkpoints").iterdir())) == 4
     drop_old(tmp_path, newest, 2)
@@ -226,7 +226,7 @@ def test_a_process_killed_by_the_kernel_while_it_writes_a_checkpoint_goes_on(und
     result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert result.returncode == -signal.SIGXFSZ, result.stderr[-2000:]
     partial = tmp_path / "run/checkpoints/step-000001.partial"
-    assert 0 < (partial / "state.pt").stat().st_size < 190_000 and newest_checkpoint(tmp_path / "run") is None
+    assert 0 < (partial / "state.pt").stat().st_size < 190_000 and whole_checkpoint(tmp_path / "run")[0] is None
     run(tmp_path / "run", resume=True)
     assert_equal(tmp_path / "run", undisturbed)
 
@@ -362,12 +362,25 @@ def test_another_model_or_number_format_is_refused_and_another_version_said(
     made = json.loads((folder / "run.json").read_text())
     (folder / "run.json").write_text(json.dumps(made | {name: value}))
     if is_refused:
-        with pytest.raises(ConfigError, match=f"{name}: {value} then, .* now. The run would no longer be that of its"):
+        with pytest.raises(ConfigError, match=f"{name}: {value} then, .* now.*. The run would no longer be that"):
             run(folder, resume=True)
     else:
         run(folder, resume=True)
         assert f"{name}: {value} then" in capsys.readouterr().out
         assert_equal(folder, undisturbed)
+
+
+def test_a_run_goes_on_in_its_number_format_where_auto_means_another(undisturbed, tmp_path, capsys):
+    """A disconnected T4 that comes back as an L4: the message asked for what the next one refused."""
+    folder = copy_until(undisturbed, tmp_path / "run", 2)
+    made = json.loads((folder / "run.json").read_text())
+    (folder / "run.json").write_text(json.dumps(made | {"number_format": "torch.float16"}))
+    with pytest.raises(ConfigError, match="number_format: torch.float16 then, torch.float32 now, --dtype float16 is"):
+        run(folder, resume=True)
+    (folder / "run.json").write_text(json.dumps(made))
+    run(folder, resume=True, dtype="float32")
+    assert "resume: dtype was 'auto', is 'float32'" in capsys.readouterr().out
+    assert (folder / "metrics.jsonl").read_text().count("\n") == 4
 
 
 def test_the_settings_of_a_run_are_read_as_they_were_written(undisturbed, tmp_path):

@@ -229,6 +229,14 @@ def test_the_command_writes_rows_and_goes_on_where_it_stopped(tmp_path, monkeypa
         rollout.main(replace(config, temperature=0.5))
     rollout.main(config)
     assert output.read_text() == whole
+    note = output.with_suffix(".settings.json")
+    note.write_text(note.read_text().replace("torch.float32", "torch.float16"))
+    with pytest.raises(ConfigError, match="loaded was {'model': .* 'torch.float16'}, is {'model': .* 'torch.float32'}"):
+        rollout.main(config)  # "auto" on another card
+    note.write_text(note.read_text().replace("torch.float16", "torch.float32"))
+    output.write_text(whole.replace(rows[1]["asked"], "0123456789abcdef"))
+    with pytest.raises(ConfigError, match=f"1 examples are not what they were, the first is '{rows[1]['id']}'"):
+        rollout.main(config)  # its question or its picture was another one
     output.write_text(lines[0][:20])  # in the middle of the first one
     rollout.main(config)
     assert output.read_text() == whole

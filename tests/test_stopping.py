@@ -13,7 +13,7 @@ import torch
 from resumed_runs import SMALL, assert_equal, run
 
 import train_rl
-from checkpoint import newest_checkpoint
+from checkpoint import whole_checkpoint
 from stopping import Stopped, StopSignals
 
 
@@ -52,7 +52,7 @@ def test_a_signal_gives_up_a_step_before_its_update_and_finishes_it_behind(undis
             with pytest.raises(Stopped) as stopped:
                 run(folder, resume=True)
         assert stopped.value.code == 128 + signal.SIGTERM
-        assert newest_checkpoint(folder).name == f"step-{steps:06d}"
+        assert whole_checkpoint(folder)[0].name == f"step-{steps:06d}"
         assert f"stopped by SIGTERM after step {steps}: go on with --resume" in capfd.readouterr().err
         assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
     run(folder, resume=True)
@@ -138,7 +138,7 @@ def test_accelerate_launch_and_its_processes_end_in_order(tmp_path, processes, t
         if launcher.poll() is None:
             os.killpg(launcher.pid, signal.SIGKILL)
     last = len((folder / "metrics.jsonl").read_text().splitlines())
-    assert newest_checkpoint(folder).name == f"step-{last:06d}"
+    assert whole_checkpoint(folder)[0].name == f"step-{last:06d}"
     name = "SIGTERM" if number == signal.SIGTERM else "SIGINT"
     assert log.read_text().count(f"stopped by {name} after step {last}: go on with --resume") == 1
 

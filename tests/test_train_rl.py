@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from small_run import SMALL
 
 import train_rl
-from checkpoint import newest_checkpoint
+from checkpoint import whole_checkpoint
 from config import ConfigError
 from data.examples import DataError
 from metrics import group_metrics, step_metrics
@@ -253,7 +253,7 @@ def test_a_stopped_run_resumed_gives_the_metrics_of_one_that_was_not_stopped(fin
     with pytest.raises(KeyboardInterrupt):
         run(stopped)
     monkeypatch.undo()
-    assert newest_checkpoint(stopped).name == "step-000002"
+    assert whole_checkpoint(stopped)[0].name == "step-000002"
     assert len((stopped / "metrics.jsonl").read_text().splitlines()) == 3  # step 3 is done again
     shutil.copytree(stopped / "checkpoints" / "step-000002", stopped / "checkpoints" / "step-000003.partial")
     assert run(stopped, resume=True) == rows
@@ -320,7 +320,7 @@ def test_a_run_that_stopped_before_its_first_checkpoint_starts_again(finished_ru
     with pytest.raises(KeyboardInterrupt):
         run(stopped)
     monkeypatch.undo()
-    assert newest_checkpoint(stopped) is None
+    assert whole_checkpoint(stopped)[0] is None
     assert run(stopped, resume=True) == finished_run[1]
 
 
