@@ -11,6 +11,7 @@ last checkpoint. Rows are measured alike: TAS of the last layer, whatever the ro
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -112,8 +113,11 @@ class AblateConfig:
 # --- one run ------------------------------------------------------------------------------------------------------
 
 
-def train(name: str, seed: int, config: AblateConfig) -> tuple[str, dict]:
-    """(adapter, training figures) of a run: means over its last steps, and curves of every tenth step."""
+def train(name: str, seed: int, config: AblateConfig) -> tuple[str, dict, float]:
+    """(adapter, training figures, seconds of its steps) of a run, whenever these were made.
+
+    Figures are means over the last steps, and curves of every tenth step.
+    """
     import train_rl
 
     folder = Path(config.work_dir) / f"{name}-{seed}"
@@ -127,7 +131,8 @@ def train(name: str, seed: int, config: AblateConfig) -> tuple[str, dict]:
         figures[metric] = round(sum(values) / len(values), 5) if values else None
     every = [row for row in rows if row["step"] % 10 == 0 or row["step"] == 1]
     figures["curves"] = {metric: [_rounded(row.get(metric)) for row in every] for metric in ("step", *LOGGED)}
-    return str(folder / "adapter"), figures
+    times = (row[metric] for row in rows for metric in row if re.fullmatch("time/.*_seconds", metric))
+    return str(folder / "adapter"), figures, sum(times)
 
 
 def evaluate_sets(adapter: str | None, limit: int) -> tuple[dict, list]:
@@ -165,12 +170,13 @@ def evaluate_sets(adapter: str | None, limit: int) -> tuple[dict, list]:
 
 def do_run(name: str, seed: int, config: AblateConfig) -> None:
     """Train and evaluate one run, and write its JSON file, whole."""
-    begin, adapter, figures = time.time(), None, {}
+    adapter, figures, seconds = None, {}, 0.0
     if GRID[name] is not None:
-        adapter, figures = train(name, seed, config)
+        adapter, figures, seconds = train(name, seed, config)
+    begin = time.time()
     sets, tokens = evaluate_sets(adapter, config.limit)
     result = {"row": name, "seed": seed, "settings": GRID[name], "max_steps": config.max_steps if adapter else 0}
-    result |= {"seconds": round(time.time() - begin), "training": figures, "sets": sets, "tokens": tokens}
+    result |= {"seconds": round(seconds + time.time() - begin), "training": figures, "sets": sets, "tokens": tokens}
     result["versions"] = {package: version(package) for package in ("torch", "transformers", "peft")}
     path = config.result(name, seed)
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -187,7 +187,9 @@ def test_the_grid_through_the_real_commands(tmp_path):
     assert found["settings"] == {"accuracy_weight": 0.0, "beta": 0.0} and found["max_steps"] == 2
     assert {part["examples"] for part in found["sets"].values()} == {4} and set(found["sets"]) == set(SETS)
     assert found["training"]["advantage_share/accuracy"] == 0 and 0 < len(found["tokens"]) <= ablate.NUM_TOKENS
-    metrics = (tmp_path / "work" / "beta-0-0" / "metrics.jsonl").read_bytes()
+    rows = [json.loads(line) for line in (tmp_path / "work" / "beta-0-0" / "metrics.jsonl").read_text().splitlines()]
+    metrics = "".join(json.dumps(row | {"time/update_seconds": 500.0}) + "\n" for row in rows).encode()
+    (tmp_path / "work" / "beta-0-0" / "metrics.jsonl").write_bytes(metrics)
     before = (runs / "base-0.json").read_bytes()
 
     (runs / "beta-0-0.json").unlink()
@@ -195,6 +197,7 @@ def test_the_grid_through_the_real_commands(tmp_path):
     assert done.returncode == 0, done.stderr
     again = json.loads((runs / "beta-0-0.json").read_text())
     assert again | {"seconds": 0} == found | {"seconds": 0}
+    assert again["seconds"] > 1000 > found["seconds"], "the steps of a start that was stopped count, too"
     assert (tmp_path / "work" / "beta-0-0" / "metrics.jsonl").read_bytes() == metrics
     assert (runs / "base-0.json").read_bytes() == before
 
