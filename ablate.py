@@ -30,6 +30,7 @@ from checkpoint import write_whole
 from claims import read_result, report_grid
 from config import ConfigError, at_least, option, run_command
 from data.scenes import DEFAULT_SIZES
+from reward import COMPONENTS
 
 # Row: settings that differ from train_rl.py's defaults, or None for the policy before training.
 ATTENTION = {"accuracy_weight": 0.0}  # attention + format, the paper's main model
@@ -69,7 +70,7 @@ SETS = {
     "newtype": "a question type never trained on",
 }
 LOGGED = ("kl", "entropy", "completion_length", "reward/tas", "reward/attention", "reward/format", "reward/accuracy")
-LOGGED += tuple(f"advantage_share/{name}" for name in ("attention", "format", "accuracy", "region", "memory"))
+LOGGED += tuple(f"advantage_share/{name}" for name in COMPONENTS)
 LAST_STEPS = 10  # training figures are means over so many steps at the end
 TOKENS_OF = 200  # examples whose scored tokens are counted
 NUM_TOKENS = 12  # of them, so many are kept

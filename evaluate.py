@@ -31,10 +31,10 @@ from torch.utils.data import Subset
 from tqdm import tqdm
 
 from checkpoint import write_whole
-from config import ConfigError, PolicyConfig, at_least, option, read_jsonl, run_command
+from config import PolicyConfig, at_least, option, read_jsonl, run_command
 from data.benchmarks import BENCHMARKS, PAPER_NINE, load_benchmark, local_copies, published
 from data.examples import load_examples
-from fingerprints import digest, example_names, hold_to_settings, loaded_from
+from fingerprints import digest, example_names, hold_to_examples, hold_to_settings, loaded_from
 from processes import wait_for_forwards
 from reward import RewardConfig, extract_answer, score_group
 from rollout import Group, check_prompts, sample_groups
@@ -221,12 +221,7 @@ def stored_rows(path: Path, settings: dict, questions: dict[str, str]) -> dict[s
     lines = read_jsonl(path)
     write_whole(path, "".join(line + "\n" for line, _ in lines))
     rows = {row["id"]: row for row in with_nan([row for _, row in lines]) if row["id"] in questions}
-    other = [identifier for identifier, row in rows.items() if row["asked"] != questions[identifier]]
-    if other:
-        raise ConfigError(
-            f"{str(path)!r}: {len(other)} examples are not what they were, the first is {other[0]!r}: the data "
-            "changed; give another --output_dir"
-        )
+    hold_to_examples(path, {identifier: row["asked"] for identifier, row in rows.items()}, questions)
     return rows
 
 

@@ -53,6 +53,23 @@ def example_names(examples) -> dict[str, str]:
     return {row["id"]: hashlib.sha256(example_bytes(row)).hexdigest()[:16] for row in rows}
 
 
+def hold_to_examples(rows: Path, asked: dict[str, str], names: dict[str, str]) -> None:
+    """That the examples of a file of rows are still what they were.
+
+    Args:
+        asked: {id: name by example_names} of the rows. names: the same of the data now; what it has no more is let be.
+
+    Raises:
+        ConfigError: says how many are others now, and the first of them.
+    """
+    other = [identifier for identifier, name in asked.items() if names.get(identifier, name) != name]
+    if other:
+        raise ConfigError(
+            f"{str(rows)!r}: {len(other)} examples are not what they were, the first is {other[0]!r}: the data "
+            "changed; give the former data, or write elsewhere"
+        )
+
+
 def loaded_from(arguments: dict, policy) -> dict:
     """{"model": ..., "adapter": ..., "number_format": ...}: what a loaded policy is, where names alone may come to mean
     another.

@@ -27,7 +27,7 @@ from checkpoint import write_whole
 from config import ConfigError, PolicyConfig, SamplingConfig, option, read_jsonl, run_command, writable
 from data.examples import DataError, load_examples
 from families import PolicyError, pictures_of
-from fingerprints import example_names, hold_to_settings, loaded_from
+from fingerprints import example_names, hold_to_examples, hold_to_settings, loaded_from
 from loading import eos_token_ids, suppressed_token_ids
 from packing import Tokens, model_layout, packed_layout, split_by_tokens
 from prompts import (
@@ -375,12 +375,7 @@ def main(config: RolloutConfig) -> None:
         write_whole(output, "".join(line + "\n" for line, _ in rows))  # without a line that was being written
     examples = load_examples(config.data, **config.data_arguments(), require_boxes=False)
     names = example_names(examples)
-    other = [identifier for identifier, name in done.items() if name and names.get(identifier, name) != name]
-    if other:
-        raise ConfigError(
-            f"output={config.output!r}: {len(other)} examples are not what they were, the first is {other[0]!r}: the "
-            "data changed; give another name"
-        )
+    hold_to_examples(output, {identifier: name for identifier, name in done.items() if name}, names)
     model, processor = load_policy(**config.policy_arguments(lora_rank=0))
     hold_to_settings(output, settings | {"loaded": loaded_from(config.policy_arguments(0), model)})
     check_prompts(model, processor, examples, config, config.max_new_tokens)

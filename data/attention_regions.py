@@ -29,7 +29,7 @@ from tqdm import tqdm
 from config import ConfigError, PolicyConfig, option, read_jsonl, run_command, writable
 from data.examples import Examples, load_examples
 from data.pictures import load_picture
-from evaluate import digest
+from fingerprints import digest
 from loading import portable_name
 from packing import layer_types
 from processes import read_by_main, wait_for_forwards

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from significance import holm, p_value, rank_correlation, student_quantile, student_tail, t_interval
+from significance import holm, p_value, rank_correlation, t_interval
 
 
 @pytest.mark.parametrize(
@@ -25,19 +25,10 @@ def test_an_interval_holds_the_mean_as_often_as_it_says():
     assert 0.94 < np.mean(held) < 0.96
 
 
-@pytest.mark.parametrize(  # as a table of Student's t gives them
-    ("size", "degrees", "probability"),
-    [(1.0, 1, 0.5), (12.706, 1, 0.05), (4.032, 5, 0.01), (8.610, 4, 0.001), (2.042, 30, 0.05), (0.0, 3, 1.0)],
-)
-def test_tails_of_students_t(size, degrees, probability):
-    assert student_tail(size, degrees) == pytest.approx(probability, rel=2e-3)
-
-
 def test_an_interval_excludes_zero_where_the_p_value_is_below_five_percent():
     for values in np.random.default_rng(1).normal(1.0, 1.0, size=(300, 4)).tolist():
         mean, half = t_interval(values)
         assert (abs(mean) > half) == (p_value(values) < 0.05)
-    assert student_quantile(4) == pytest.approx(2.776, abs=1e-3)
 
 
 @pytest.mark.parametrize(("values", "expected"), [((), 1), ((2.0,), 1), ((0.0, 0.0), 1), ((0.1, 0.1), 0)])
