@@ -8,10 +8,10 @@ adapter answer the same questions, and the paired difference has its interval to
     python evaluate.py --model Qwen/Qwen3-VL-4B-Instruct --adapter runs/qwen4b/adapter --benchmarks all \\
         --max_new_tokens 512 --output_dir evaluations/qwen4b
 
-Benchmarks (data/benchmarks.py) come from the Hub or from --benchmark_root. In an output folder every answer is written
-down as it comes, so that the same command goes on after a stop and asks nothing twice:
+Benchmarks (sayo/examples/benchmarks.py) come from the Hub or from --benchmark_root. An output folder keeps every answer
+as it comes, so that the same command continues after a stop and repeats nothing:
 
-    OUTPUT_DIR/vstar/base.jsonl           a row for each example; base.settings.json: what it was made with
+    OUTPUT_DIR/vstar/base.jsonl           a row for each example; base.settings.json: the settings that it comes from
     OUTPUT_DIR/vstar/adapter.jsonl        the same of the adapter
     OUTPUT_DIR/results.json, table.txt    summaries
 """
@@ -21,50 +21,38 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
+import torch
 from accelerate.utils import gather_object
 from torch import Tensor
 from torch.utils.data import Subset
 from tqdm import tqdm
 
-from checkpoint import write_whole
-from config import PolicyConfig, at_least, option, read_jsonl, run_command
-from data.benchmarks import BENCHMARKS, PAPER_NINE, load_benchmark, local_copies, published
-from data.examples import load_examples
-from fingerprints import digest, example_names, hold_to_examples, hold_to_settings, loaded_from
-from processes import wait_for_forwards
-from reward import RewardConfig, extract_answer, score_group
-from rollout import Group, check_prompts, sample_groups
-from tables import (
+from reward import RewardConfig, extract_answer, score_group, scored_tokens
+from rollout import Group, sample_groups
+from sayo.examples.benchmarks import BENCHMARKS, PAPER_NINE, load_benchmark, local_copies, published
+from sayo.examples.load import load_examples
+from sayo.model.forward import check_layers
+from sayo.model.loading import load_policy, switched_to
+from sayo.model.prompts import check_prompts
+from sayo.run.config import EXAMPLES_AT_A_TIME, PolicyConfig
+from sayo.run.files import step_of, stored_json, write_whole
+from sayo.run.processes import read_by_main, sync_forwards
+from sayo.run.provenance import digest, ensure_same_examples, ensure_same_settings, example_names, loaded_from
+from sayo.settings import option, read_jsonl, run_command
+from sayo.show.tables import (
     METRICS,
-    bootstrap_interval,
-    compare,
+    before_and_after,
+    compare_policies,
     format_overview,
     format_table,
-    report,
-    summarize,
-    with_nan,
-    without_nan,
+    nan_to_none,
+    none_to_nan,
 )
-from vlm import load_policy, resolve_layers
 
-__all__ = [
-    "METRICS",
-    "bootstrap_interval",
-    "compare",
-    "evaluate_policy",
-    "evaluate_shared",
-    "format_table",
-    "report",
-    "summarize",
-    "with_nan",
-    "without_nan",
-]
-
-EXAMPLES_AT_A_TIME = 16  # pixels of so many pictures are in memory together
 # What an answer does not depend on; everything else binds the rows of an output folder.
 MAY_CHANGE = ("attention_weight", "format_weight", "accuracy_weight", "limit", "bad_rows", "sampling_tokens", "seed")
 MAY_CHANGE += ("benchmarks", "benchmark_root", "output_dir", "json", "allowed_folders")
@@ -83,18 +71,18 @@ class EvaluateConfig(RewardConfig, PolicyConfig):
         None, "Local copies of benchmarks: folders that hold them, or name=path; without it, the Hub."
     )
     benchmark_revisions: list[str] | None = option(
-        None, "Branches, tags or commits of the Hub's copies, as name=revision: vstar=COMMIT mmstar=COMMIT."
+        None, "Branch, tag or commit of Hub benchmarks, as name=revision: vstar=COMMIT."
     )
     output_dir: str | None = option(
-        None, "Folder of rows and results; a stopped evaluation goes on there. Benchmarks: evaluations/MODEL."
+        None, "Folder of answers and results; a stopped evaluation resumes there. Benchmarks: evaluations/MODEL."
     )
     max_new_tokens: int = option(
-        64, "Longest completion in tokens; the paper's benchmark figures were taken with 2048."
+        64, "Maximum completion length in tokens; the paper's benchmark figures were taken with 2048.", at_least=1
     )
     json: str | None = option(None, "JSON file for the summary and every completion.")
 
     def problems(self) -> list[str]:
-        found = super().problems() + at_least(self, 1, "max_new_tokens")
+        found = super().problems()
         if self.json and (not os.path.isdir(Path(self.json).absolute().parent) or os.path.isdir(self.json)):
             found.append(f"json={self.json!r}: give the name of a file in a folder that exists")
         for name in self.benchmarks or ():
@@ -139,14 +127,14 @@ def evaluate_policy(
     *,
     description: str = "evaluate",
     done: Sequence[dict] = (),
-    save: Callable[[list[dict]], None] | None = None,
+    save: Callable[[dict], None] | None = None,
 ) -> list[dict]:
     """One row per example: id, text, the answer in it, the right one, and a number for each of METRICS.
 
     Args:
         config: anything with the fields of RewardConfig and PolicyConfig, and max_new_tokens.
         done: rows of other examples, which count in the progress bar and its running accuracy alone.
-        save: is given the new rows, as they come.
+        save: is given each new row as it comes.
 
     Returns:
         Rows in the order of the examples. `tas` is NaN for an example without boxes; `length` is in tokens, EOS left
@@ -156,8 +144,7 @@ def evaluate_policy(
     progress = tqdm(total=len(done) + len(examples), initial=len(done), desc=description, unit="example")
     for group, scores in answered(model, processor, examples, config):
         row = {name: float(scores[name][0]) for name in ("accuracy", "format", "tas", "tas_selected")}
-        row["length"] = len(group.completions[0]) - (not group.truncated[0])
-        row["truncated"] = float(group.truncated[0])
+        row |= {"length": group.lengths[0], "truncated": float(group.truncated[0])}
         row |= {"id": group.example.get("id"), "kind": group.example.get("kind"), "text": group.texts[0]}
         row |= {"said": extract_answer(group.texts[0]), "answer": group.example["answer"]}
         rows.append(row)
@@ -165,25 +152,18 @@ def evaluate_policy(
         progress.set_postfix(accuracy=f"{right / (len(done) + len(rows)):.3f}", refresh=False)
         progress.update()
         if save:
-            save([row])
+            save(row)
     progress.close()
     return rows
 
 
 def answered(model, processor, examples: Sequence[dict], config) -> Iterator[tuple[Group, dict[str, Tensor]]]:
     """The greedy completion of every example, a group of one, with its scores; sampled some at a time."""
+    names = ("max_new_tokens", "system_prompt", "sampling_tokens")
+    options = {name: getattr(config, name) for name in names}
     for start in range(0, len(examples), EXAMPLES_AT_A_TIME):
-        groups = sample_groups(
-            model,
-            processor,
-            [examples[index] for index in range(start, min(start + EXAMPLES_AT_A_TIME, len(examples)))],
-            num_generations=1,
-            max_new_tokens=config.max_new_tokens,
-            temperature=0,
-            system_prompt=config.system_prompt,
-            sampling_tokens=config.sampling_tokens,
-        )
-        for group in groups:
+        batch = [examples[index] for index in range(start, min(start + EXAMPLES_AT_A_TIME, len(examples)))]
+        for group in sample_groups(model, processor, batch, num_generations=1, temperature=0, **options):
             yield group, score_group(model, group, config)
 
 
@@ -191,11 +171,147 @@ def evaluate_shared(model, processor, examples, config, accelerator, description
     """evaluate_policy with the examples shared out over the processes; rows in the order of the examples."""
     share = range(accelerator.process_index, len(examples), accelerator.num_processes)
     rows = evaluate_policy(model, processor, Subset(examples, share), config, description=description)
-    wait_for_forwards(model)
+    sync_forwards(model)
     return [row for _, row in sorted(gather_object(list(zip(share, rows, strict=True))), key=lambda pair: pair[0])]
 
 
-# --- an evaluation that goes on after a stop ----------------------------------------------------------------------
+@dataclass
+class Answer:
+    """What a policy said about an example and all that was measured about it; n tokens, the closing EOS left out."""
+
+    completion: Tensor  # (n,) ids
+    tokens: list[str]  # n texts, which join to all that was said
+    entropies: Tensor  # (n,) nats
+    target_attention: Tensor  # (n,) mean over heads, layers and covered image tokens
+    image_attention: Tensor  # (n,) mean over heads, layers and all image tokens
+    scored: list[int]  # the tokens that the attention reward looks at
+    scores: dict[str, float]  # the rewards and TAS of reward.score_group
+    text: str
+    truncated: bool
+    coverage: Tensor  # (N,) of the example's image tokens
+
+
+def token_texts(tokenizer, ids: Sequence[int]) -> list[str]:
+    """The text that each token adds to those before it; together they are the text of all.
+
+    Where a character is several tokens, the last of them has it and the others have nothing.
+    """
+    texts, done = [], ""
+    for end in range(1, len(ids) + 1):
+        text = tokenizer.decode(ids[:end], clean_up_tokenization_spaces=False)
+        unfinished = text.endswith("\ufffd") and end < len(ids)
+        texts.append("" if unfinished else text[len(done) :])
+        done = done if unfinished else text
+    return texts
+
+
+@torch.no_grad()
+def answer_examples(model, processor, examples: Sequence[dict], config, description: str = "answers") -> list[Answer]:
+    """The greedy completion of every example, scored as in training; config as in evaluate_policy."""
+    answers, progress = [], tqdm(total=len(examples), desc=description, unit="example")
+    for group, values in answered(model, processor, examples, config):
+        scores = {name: float(value[0]) for name, value in values.items()}
+        length, statistics = group.lengths[0], group.statistics
+        completion, entropies = group.completions[0][:length], statistics.entropies[0][:length].cpu()
+        answers.append(
+            Answer(
+                completion=completion,
+                tokens=token_texts(processor.tokenizer, completion.tolist()),
+                entropies=entropies,
+                target_attention=statistics.target_attention[0][:length].cpu(),
+                image_attention=statistics.image_attention[0][:length].cpu(),
+                scored=scored_tokens(completion, entropies, config).tolist() if length else [],
+                scores=scores,
+                text=group.texts[0],
+                truncated=group.truncated[0],
+                coverage=group.prompt.coverage,
+            )
+        )
+        progress.update()
+    progress.close()
+    return answers
+
+
+def answers_by_policy(model, processor, examples: Sequence[dict], config) -> dict[str, list[Answer]]:
+    """Answers by policy: those of the base, and of the adapter if there is one."""
+    answers = {}
+    for name in ("base", "adapter")[: 1 + bool(config.adapter)]:
+        with switched_to(model, name, config):
+            answers[name] = answer_examples(model, processor, examples, config, name)
+    return answers
+
+
+class BeforeAfter:
+    """The evaluations before and after a training run, each done once however often the run is resumed.
+
+    Args:
+        run: the opened run folder, which holds their files. examples: None for no evaluation.
+    """
+
+    def __init__(self, run, model, processor, examples, config, accelerator):
+        self.run, self.examples, self.config, self.accelerator = run, examples, config, accelerator
+        self._evaluate = partial(evaluate_shared, model, processor, examples, config, accelerator)
+        stored = read_by_main(self._stored, accelerator.is_main_process)
+        self._before, self._after = stored if examples else (None, None)
+        is_lost = bool(examples) and self._before is None and run.checkpoint is not None
+        self.notes = ["resume: evaluation_before.json is missing or damaged: the end has nothing to be compared with"]
+        self.notes *= is_lost
+
+    def _stored(self) -> tuple[list[dict] | None, list[dict] | None]:
+        """Rows that a former start of the run wrote; None for an evaluation that is still to be done."""
+        run, max_steps = self.run, self.config.max_steps
+        if not run.former and not run.checkpoint:
+            return None, None
+        before, after = (stored_json(run.folder / name) for name in ("evaluation_before.json", "evaluation.json"))
+        is_at_the_end = run.checkpoint is not None and step_of(run.checkpoint) == max_steps
+        if not is_at_the_end or not isinstance(after, dict) or after.get("step") != max_steps:
+            after = {}
+        rows = before, after["rows"].get("after") if isinstance(after.get("rows"), dict) else None
+        return tuple(none_to_nan(part) if isinstance(part, list) and all(map(_is_row, part)) else None for part in rows)
+
+    def _write(self, name: str, value) -> None:
+        text = json.dumps(nan_to_none(value))
+        self.run.write_with_retries(name, lambda: write_whole(self.run.folder / name, text))
+
+    def before(self) -> None:
+        """Evaluate the policy that a new run starts from, and print the table."""
+        if not self.examples or self._before is not None or self.run.checkpoint:
+            return
+        self._before = self._evaluate(f"before, {self.config.evaluated_data}")
+        if self.accelerator.is_main_process:
+            self._write("evaluation_before.json", self._before)
+            print(format_table({"before": compare_policies(self._before)["base"]}))
+
+    def after(self) -> dict:
+        """Evaluate the trained policy; the columns of the table that is printed, {} without an evaluation."""
+        if not self.examples:
+            return {}
+        if self._after is None:
+            self._after = self._evaluate(f"after, {self.config.evaluated_data}")
+        columns = before_and_after(self._before, self._after)
+        if self.accelerator.is_main_process:
+            result = {"step": self.config.max_steps, "summary": columns, "rows": {"after": self._after}}
+            self._write("evaluation.json", result)
+            title = (
+                f"{len(self._after)} examples of {self.config.evaluated_data}, greedy; mean [95 % bootstrap interval]"
+            )
+            print(f"{title}\n{format_table(columns)}")
+        return columns
+
+
+def load_held_out(config):
+    """The examples that a training run evaluates before and after, or None."""
+    if config.evaluated_data == "none":
+        return None
+    options = config.data_arguments() | {"split": config.eval_split, "limit": config.eval_limit}
+    return load_examples(config.evaluated_data, **options, require_boxes=False)
+
+
+def _is_row(value) -> bool:
+    return isinstance(value, dict) and {"id", *METRICS} <= value.keys()
+
+
+# --- an evaluation that is continued ------------------------------------------------------------------------------
 
 
 def settings_of(config: EvaluateConfig, policy: str) -> dict:
@@ -210,102 +326,87 @@ def settings_of(config: EvaluateConfig, policy: str) -> dict:
 
 
 def stored_rows(path: Path, settings: dict, questions: dict[str, str]) -> dict[str, dict]:
-    """{id: row} of the examples that a former run answered; a line that was being written then is dropped.
-
-    Raises:
-        ConfigError: that run had other settings, or a question is another one now.
-    """
-    hold_to_settings(path, settings)
+    """{id: row} of the examples that a former run answered; ConfigError for other settings or changed questions."""
+    ensure_same_settings(path, settings, asdict(EvaluateConfig()))
     if not path.exists():
         return {}
     lines = read_jsonl(path)
     write_whole(path, "".join(line + "\n" for line, _ in lines))
-    rows = {row["id"]: row for row in with_nan([row for _, row in lines]) if row["id"] in questions}
-    hold_to_examples(path, {identifier: row["asked"] for identifier, row in rows.items()}, questions)
+    rows = {row["id"]: row for row in none_to_nan([row for _, row in lines]) if row["id"] in questions}
+    ensure_same_examples(path, {identifier: row["asked"] for identifier, row in rows.items()}, questions)
     return rows
 
 
-def evaluate_missing(model, processor, examples, config, path: Path, done: dict, questions: dict, description) -> dict:
-    """{id: row} of all examples: those done, and the others asked now, each written to path as it comes."""
+def evaluate_missing(model, processor, examples, config, path: Path, done: dict, title: str) -> list[dict]:
+    """Rows of all examples in their order: those done, and the others, each appended to path as it comes."""
+    questions = example_names(examples)
+    done = {identifier: done[identifier] for identifier in questions if identifier in done}
     missing = [index for index, identifier in enumerate(questions) if identifier not in done]
     with path.open("a", encoding="utf-8") as file:
 
-        def save(rows: list[dict]) -> None:
-            for row in rows:
-                row["asked"] = questions[row["id"]]
-            file.write("".join(json.dumps(without_nan(row), ensure_ascii=False) + "\n" for row in rows))
+        def save(row: dict) -> None:
+            row["asked"] = questions[row["id"]]
+            file.write(json.dumps(nan_to_none(row), ensure_ascii=False) + "\n")
             file.flush()
 
-        rows = evaluate_policy(
-            model,
-            processor,
-            Subset(examples, missing),
-            config,
-            description=description,
-            done=list(done.values()),
-            save=save,
-        )
-    return done | {row["id"]: row for row in rows}
+        options = {"description": title, "done": list(done.values()), "save": save}
+        rows = evaluate_policy(model, processor, Subset(examples, missing), config, **options)
+    done |= {row["id"]: row for row in rows}
+    return [done[identifier] for identifier in questions]
 
 
 # --- command line -------------------------------------------------------------------------------------------------
 
 
-def main(config: EvaluateConfig) -> None:
-    names, folder = config.benchmark_names(), config.folder()
-    if names:
-        copies, _ = local_copies(names, config.benchmark_root or [])
-        options = {"limit": config.limit, "bad_rows": config.bad_rows, "allowed_folders": config.allowed_folders}
-        revisions = dict(entry.split("=", 1) for entry in config.benchmark_revisions or ())
-        tasks = {
-            name: load_benchmark(name, copy=copies.get(name), revision=revisions.get(name), **options) for name in names
-        }
-    else:
-        tasks = {"data": load_examples(config.data, **config.data_arguments(), require_boxes=False)}
-    policies = ["base", "adapter"] if config.adapter else ["base"]
+def load_tasks(config: EvaluateConfig) -> dict:
+    """Examples by the name of their benchmark, or {"data": ...}."""
+    names = config.benchmark_names()
+    if not names:
+        return {"data": load_examples(config.data, **config.data_arguments(), require_boxes=False)}
+    copies, _ = local_copies(names, config.benchmark_root or [])
+    revisions = dict(entry.split("=", 1) for entry in config.benchmark_revisions or ())
+    options = {"limit": config.limit, "bad_rows": config.bad_rows, "allowed_folders": config.allowed_folders}
+    return {
+        name: load_benchmark(name, copy=copies.get(name), revision=revisions.get(name), **options) for name in names
+    }
 
-    # What was answered before is read, and settings are compared, before anything long starts.
-    questions, answered = {}, {}
+
+def main(config: EvaluateConfig) -> None:
+    tasks, folder = load_tasks(config), config.folder()
+    policies = ("base", "adapter")[: 1 + bool(config.adapter)]
+    paths = {(name, policy): folder and folder / name / f"{policy}.jsonl" for name in tasks for policy in policies}
+    # Settings are compared, and former answers read, before anything long starts.
     settings = {policy: settings_of(config, policy) for policy in policies} if folder else {}
-    for name, examples in tasks.items() if folder else ():
-        questions[name] = example_names(examples)
-        for policy in policies:
-            path = folder / name / f"{policy}.jsonl"
-            answered[name, policy] = stored_rows(path, settings[policy], questions[name])
-    if not folder or any(len(rows) < len(questions[name]) for (name, _), rows in answered.items()):
+    questions = {name: example_names(examples) for name, examples in tasks.items()} if folder else {}
+    stored = {key: stored_rows(path, settings[key[1]], questions[key[0]]) for key, path in paths.items() if path}
+    is_whole = [len(found) == len(questions[name]) for (name, _), found in stored.items()]
+    rows = {
+        key: [found[identifier] for identifier in questions[key[0]]] for key, found in stored.items() if all(is_whole)
+    }
+    if not rows:
         model, processor = load_policy(**config.policy_arguments(lora_rank=0))
         model.requires_grad_(False)  # a frozen vision tower's features are kept from sampling to scoring
-        resolve_layers(model, config.attention_layers)
-        for name, policy in answered if folder else ():  # a Hub id, and "auto", may mean another today
+        check_layers(model, config.attention_layers)
+        for (_, policy), path in paths.items() if folder else ():  # a Hub id, and "auto", may mean another today
             arguments = config.policy_arguments(0) | ({"adapter": None} if policy == "base" else {})
-            loaded = {"loaded": loaded_from(arguments, model)}
-            hold_to_settings(folder / name / f"{policy}.jsonl", settings[policy] | loaded)
+            loaded = settings[policy] | {"loaded": loaded_from(arguments, model)}
+            ensure_same_settings(path, loaded, asdict(EvaluateConfig()))
         for examples in tasks.values():
-            check_prompts(model, processor, examples, config, config.max_new_tokens)
-        for name, examples in tasks.items():
-            for policy in policies:
-                with model.disable_adapter() if config.adapter and policy == "base" else nullcontext():
-                    title = f"{name} {policy}" if names else policy
-                    if not folder:
-                        answered[name, policy] = evaluate_policy(model, processor, examples, config, description=title)
-                        continue
-                    if len(questions[name]) > len(examples):  # prompts that do not fit were dropped
-                        questions[name] = example_names(examples)
-                    path, done = folder / name / f"{policy}.jsonl", answered[name, policy]
-                    done = {identifier: done[identifier] for identifier in questions[name] if identifier in done}
-                    answered[name, policy] = evaluate_missing(
-                        model, processor, examples, config, path, done, questions[name], title
-                    )
-    rows = {
-        key: found if isinstance(found, list) else [found[identifier] for identifier in questions[key[0]]]
-        for key, found in answered.items()
-    }
-    _tell(config, {name: {policy: rows[name, policy] for policy in policies} for name in tasks})
+            check_prompts(model, processor, examples, config, config.max_new_tokens)  # may drop some
+        for (name, policy), path in paths.items():
+            title = f"{name} {policy}" if config.benchmarks else policy
+            with switched_to(model, policy, config):
+                parts = model, processor, tasks[name], config
+                if path:
+                    rows[name, policy] = evaluate_missing(*parts, path, stored[name, policy], title)
+                else:
+                    rows[name, policy] = evaluate_policy(*parts, description=title)
+    write_results(config, {name: {policy: rows[name, policy] for policy in policies} for name in tasks})
 
 
-def _tell(config: EvaluateConfig, rows: dict[str, dict[str, list[dict]]]) -> None:
+def write_results(config: EvaluateConfig, rows: dict[str, dict[str, list[dict]]]) -> None:
     """Print the tables, and write them and the summaries where they were asked for."""
-    reports = {name: report(found["base"], found.get("adapter")) for name, found in rows.items()}
+    reports = {name: compare_policies(found["base"], found.get("adapter")) for name, found in rows.items()}
     counts = {name: len(found["base"]) for name, found in rows.items()}
     parts = []
     for name, columns in reports.items():
@@ -335,11 +436,11 @@ def _tell(config: EvaluateConfig, rows: dict[str, dict[str, list[dict]]]) -> Non
         whole = result | {"rows": rows["data"]}
     print("\n\n".join(parts) if config.benchmarks else "\n".join(parts))
     if folder := config.folder():
-        write_whole(folder / "results.json", json.dumps(without_nan(result), indent=1, ensure_ascii=False))
+        write_whole(folder / "results.json", json.dumps(nan_to_none(result), indent=1, ensure_ascii=False))
         write_whole(folder / "table.txt", "\n\n".join(parts) + "\n")
         print(f"-> {folder}")
     if config.json:
-        Path(config.json).write_text(json.dumps(without_nan(whole), indent=1, ensure_ascii=False), encoding="utf-8")
+        Path(config.json).write_text(json.dumps(nan_to_none(whole), indent=1, ensure_ascii=False), encoding="utf-8")
         print(f"-> {config.json}")
 
 

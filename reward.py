@@ -1,7 +1,7 @@
-"""Rewards of a sampled group: region attention of the uncertain tokens, format, accuracy: each a named component.
+"""Rewards of a sampled group, each a named component: attention of the uncertain tokens, format, accuracy, ...
 
 From SAYO (arXiv 2602.08241). One forward over the packed group gives, for every generated token, the entropy of the
-distribution that it was drawn from and its attention on the image: averaged over the tokens that the boxes cover (a)
+distribution that it was sampled from and its attention on the image: averaged over the tokens that the boxes cover (a)
 and over all image tokens (v). Departures from the released script: padding and EOS never compete for the top 30 %,
 the region is a coverage in [0, 1] of each image token instead of a list of cells, and the layer is a setting.
 
@@ -18,13 +18,14 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from config import ConfigError, PolicyConfig, at_least, option, read_jsonl, run_command, writable
-from data.examples import load_examples
-from grader import answer_block, extract_answer, is_correct
-from grpo import group_advantages
-from prompts import Prompt, encode_prompt
 from rollout import Group
-from vlm import TokenStatistics, evaluating, load_policy, resolve_layers, token_statistics
+from sayo.examples.load import load_examples
+from sayo.grader.grader import answer_block, extract_answer, is_correct
+from sayo.model.forward import TokenStatistics, check_layers, evaluating, token_statistics
+from sayo.model.loading import load_policy
+from sayo.model.prompts import Prompt, encode_prompt
+from sayo.run.config import PolicyConfig
+from sayo.settings import ConfigError, Settings, option, read_jsonl, run_command, writable
 
 __all__ = ["RewardConfig", "attention_reward", "extract_answer", "format_reward", "is_correct", "score_group"]
 
@@ -32,47 +33,51 @@ ATTENTION_OF_NOTHING = -1.0  # the attention reward of an empty completion: its 
 
 
 @dataclass
-class RewardConfig:
+class RewardConfig(Settings):
     """What is rewarded. The paper's main model is attention + format; its "full" one adds accuracy."""
 
-    attention_weight: float = option(1.0, "Weight of the attention reward, tanh(log(a / v)) in (-1, 1).")
-    format_weight: float = option(1.0, "Weight of the format reward, 0 to 1.")
-    accuracy_weight: float = option(1.0, "Weight of the accuracy reward, 0 or 1; the paper's main model has 0.")
-    top_fraction: float = option(0.3, "Share of a completion's tokens, the most uncertain ones, that is rewarded.")
-    attention_eps: float = option(1e-8, "Epsilon in log((a + eps) / (v + eps)).")
+    attention_weight: float = option(1.0, "Weight of the attention reward, tanh(log(a / v)) in (-1, 1).", at_least=0)
+    format_weight: float = option(1.0, "Weight of the format reward, 0 to 1.", at_least=0)
+    accuracy_weight: float = option(
+        1.0, "Weight of the accuracy reward, 0 or 1; the paper's main model has 0.", at_least=0
+    )
+    top_fraction: float = option(
+        0.3,
+        "Share of a completion's tokens that the attention reward scores, the most uncertain first.",
+        above=0,
+        at_most=1,
+    )
+    attention_eps: float = option(1e-8, "Epsilon in log((a + eps) / (v + eps)).", at_least=0)
     attention_layers: list[int] = option([-1], "Decoder layers whose attention is averaged; -1 is the last.")
     attention_query: str = option(
-        "token", "Position whose attention counts: the token, or its predictor.", ("token", "predictor")
+        "token", "Query position: the token itself, or the position that predicts it.", ("token", "predictor")
     )
     attention_tokens: str = option(
-        "uncertain", "Which top_fraction of the tokens counts; random is a control.", ("uncertain", "random")
+        "uncertain", "How the scored tokens are chosen; random is a control.", ("uncertain", "random")
     )
     attention_gate: bool = option(False, "A wrong completion gets the lowest attention reward, -1.")
-    attention_normalized: bool = option(False, "Attention rewards of a group get mean 0 and deviation 1.")
-    border_mask: bool = option(False, "Leave image tokens at the picture's edge, where sinks sit, out of a and v.")
-    region_weight: float = option(0.0, "Weight of Remember-R1's region reward, 0 to 1.")
-    memory_weight: float = option(0.0, "Weight of Remember-R1's memory reward, 0 to 2.")
-    format_min_tokens: int | None = option(None, "Scale the format reward down below this length (the script: 60).")
-    format_max_tokens: int | None = option(None, "Scale the format reward down above this length (the script: 100).")
-    temperature: float = option(1.0, "Temperature of sampling, and of the entropies and log-probs that are taken.")
+    attention_normalized: bool = option(
+        False, "Normalize attention rewards within a group to mean 0 and standard deviation 1."
+    )
+    border_mask: bool = option(False, "Exclude image tokens at the picture's edge, where attention sinks are.")
+    region_weight: float = option(0.0, "Weight of Remember-R1's region reward, 0 to 1.", at_least=0)
+    memory_weight: float = option(0.0, "Weight of Remember-R1's memory reward, 0 to 2.", at_least=0)
+    format_min_tokens: int | None = option(
+        None, "Scale the format reward down below this length (the paper's script: 60).", at_least=1
+    )
+    format_max_tokens: int | None = option(
+        None, "Scale the format reward down above this length (the paper's script: 100).", at_least=1
+    )
+    temperature: float = option(1.0, "Temperature of sampling, entropies and log-probs.", above=0)
 
     def problems(self) -> list[str]:
-        weights = [f"{name}_weight" for name in COMPONENTS]
-        found = super().problems() + at_least(self, 0, *weights, "attention_eps")
-        found += at_least(self, 1, "format_min_tokens", "format_max_tokens")
-        if self.temperature <= 0:
-            found.append(f"temperature={self.temperature}: give more than 0 (1.0 samples from the policy itself)")
-        if not 0 < self.top_fraction <= 1:
-            found.append(f"top_fraction={self.top_fraction}: give more than 0, at most 1 (the paper: 0.3)")
+        found = super().problems()
         if not self.attention_layers:
             found.append("attention_layers=[]: give at least one layer number, -1 for the last")
         shortest, longest = self.format_min_tokens, self.format_max_tokens
         if shortest is not None and longest is not None and shortest > longest:
             found.append(f"format_min_tokens={shortest} is above format_max_tokens={longest}: swap them")
         return found
-
-
-COMPONENTS = ("attention", "format", "accuracy", "region", "memory")
 
 
 # --- attention --------------------------------------------------------------------------------------------------
@@ -91,13 +96,7 @@ def select_uncertain(entropy: Tensor, top_fraction: float = 0.3) -> Tensor:
 
 
 def select_random(completion_ids: Tensor, top_fraction: float = 0.3) -> Tensor:
-    """As many indices as select_uncertain gives, of tokens that do not depend on entropy: the control for it.
-
-    A function of the completion alone, so that a resumed run draws the same ones.
-
-    Args:
-        completion_ids: (n,) EOS left out, n of at least 1.
-    """
+    """As many random indices as select_uncertain gives, its control: a function of the completion's ids (n,) alone."""
     count = max(1, int(top_fraction * len(completion_ids)))
     drawn = random.Random(str(completion_ids.tolist())).sample(range(len(completion_ids)), count)
     return torch.tensor(sorted(drawn), device=completion_ids.device)  # (k,)
@@ -111,10 +110,8 @@ def scored_tokens(completion_ids: Tensor, entropies: Tensor, config) -> Tensor:
 
 
 def without_border(prompt: Prompt) -> Prompt:
-    """The prompt with the image tokens at its pictures' edges out of the region and out of the picture.
-
-    Attention sinks sit there and move with the question. A region of edge tokens alone keeps them: none is ever empty.
-    """
+    """The prompt without the image tokens at its pictures' edges, where attention sinks sit; a region that has no other
+    tokens keeps them."""
     inner = ~prompt.border  # (N,)
     if not (prompt.coverage * inner).any():
         return prompt
@@ -169,9 +166,6 @@ def target_attention_score(target: Tensor, image: Tensor, eps: float = 1e-8) -> 
     return (1 + math.tanh(_log_ratio(target, image, eps))) / 2
 
 
-# --- format -----------------------------------------------------------------------------------------------------
-
-
 def format_reward(text: str, num_tokens: int, min_tokens: int | None = None, max_tokens: int | None = None) -> float:
     """1 for exactly one <answer>...</answer> with text in it and reasoning before it, else 0.
 
@@ -186,9 +180,6 @@ def format_reward(text: str, num_tokens: int, min_tokens: int | None = None, max
     if max_tokens is not None and num_tokens > max_tokens:
         return 0.6 * max_tokens / num_tokens
     return 1.0
-
-
-# --- a group ----------------------------------------------------------------------------------------------------
 
 
 def region_reward(target_mass: Tensor, image_mass: Tensor, eps: float = 1e-8) -> float:
@@ -218,6 +209,59 @@ def memory_reward(image_mass: Tensor) -> float:
     return float(1 + image_mass[-third:].mean() - image_mass[:third].mean()) if len(image_mass) else 0.0
 
 
+@dataclass
+class Completion:
+    """What the rewards of one completion look at; n tokens, the closing EOS left out."""
+
+    text: str
+    target: Tensor  # (n,) attention of each token on the region: mean over heads, layers and covered image tokens
+    image: Tensor  # (n,) the same over all image tokens
+    chosen: Tensor  # (k,) the tokens whose attention is rewarded
+    num_target: float  # image tokens that the region covers, by coverage; 0 without a region
+    num_image: int
+    is_right: bool
+
+    def attention(self, config) -> float:
+        """attention_reward of the chosen tokens, before the gate."""
+        parts = self.target[self.chosen], self.image[self.chosen], self.image[self.chosen]
+        return attention_reward(*parts, top_fraction=1.0, eps=config.attention_eps)
+
+
+def _attention(completion: Completion, config) -> float:
+    if completion.num_target == 0:
+        return 0.0
+    gated = config.attention_gate and not completion.is_right
+    return ATTENTION_OF_NOTHING if gated else completion.attention(config)
+
+
+def _format(completion: Completion, config) -> float:
+    return format_reward(completion.text, len(completion.target), config.format_min_tokens, config.format_max_tokens)
+
+
+def _accuracy(completion: Completion, config) -> float:
+    return float(completion.is_right)
+
+
+def _region(completion: Completion, config) -> float:
+    if completion.num_target == 0:
+        return 0.0
+    masses = completion.target * completion.num_target, completion.image * completion.num_image
+    return region_reward(*masses, config.attention_eps)
+
+
+def _memory(completion: Completion, config) -> float:
+    return memory_reward(completion.image * completion.num_image)
+
+
+# A component is a function here and a weight in RewardConfig. Metrics, plots and tables follow from the two.
+COMPONENTS = {"attention": _attention, "format": _format, "accuracy": _accuracy, "region": _region, "memory": _memory}
+
+
+def reward_weights(config) -> dict[str, float]:
+    """The weight of every component, from anything with the fields of RewardConfig."""
+    return {name: getattr(config, f"{name}_weight") for name in COMPONENTS}
+
+
 def score_group(model, group: Group, config) -> dict[str, Tensor]:
     """Every reward component of a group's completions.
 
@@ -228,8 +272,8 @@ def score_group(model, group: Group, config) -> dict[str, Tensor]:
     Returns:
         (G,) float32 tensors on the CPU: "attention" in [-1, 1] (0 when the example has no boxes; after
         attention_gate, and of any size after attention_normalized), "format", "accuracy" and "region" in [0, 1],
-        "memory" in [0, 2], "total" (weighted sum), "tas" over all tokens and "tas_selected" over the rewarded ones
-        (both NaN without boxes or without tokens).
+        "memory" in [0, 2], "tas" over all tokens and "tas_selected" over the rewarded ones (both NaN without boxes or
+        without tokens), "total" (weighted sum).
     """
     with evaluating(model), torch.no_grad():
         group.statistics = group_statistics(model, group, config)
@@ -253,39 +297,34 @@ def score_statistics(group: Group, config) -> dict[str, Tensor]:
     statistics, prompt = group.statistics, scored_prompt(group, config)
     num_target = float(prompt.coverage.sum())
     num_image = len(prompt.coverage) if prompt.counted is None else int(prompt.counted.sum())
-    rewards = {name: [] for name in (*COMPONENTS, "tas", "tas_selected")}
-    for index, text in enumerate(group.texts):
-        # The closing EOS is no part of what was said: it never competes for the top fraction.
-        length = max(0, len(group.completions[index]) - (not group.truncated[index]))
-        target = statistics.target_attention[index][:length]
-        image = statistics.image_attention[index][:length]
-        entropy = statistics.entropies[index][:length]
+    rows = []
+    for index, (text, length) in enumerate(zip(group.texts, group.lengths, strict=True)):
+        target, image = (part[index][:length] for part in (statistics.target_attention, statistics.image_attention))
+        chosen = torch.zeros(0, dtype=torch.long)
+        if length:
+            chosen = scored_tokens(group.completions[index][:length], statistics.entropies[index][:length], config)
         is_right = is_correct(text, group.example)
-        attention, tas, tas_selected, region = 0.0, math.nan, math.nan, 0.0
-        if num_target > 0:
-            parts = target, image, entropy
-            if length:
-                chosen = scored_tokens(group.completions[index][:length], entropy, config).to(target.device)
-                parts = [part[chosen] for part in parts]
-            attention = attention_reward(*parts, top_fraction=1.0, eps=config.attention_eps)
-            tas = target_attention_score(target, image, config.attention_eps)
-            tas_selected = (1 + attention) / 2 if length else math.nan
-            region = region_reward(target * num_target, image * num_image, config.attention_eps)
-            attention = ATTENTION_OF_NOTHING if config.attention_gate and not is_right else attention
-        shape = format_reward(text, length, config.format_min_tokens, config.format_max_tokens)
-        memory = memory_reward(image * num_image)
-        values = (attention, shape, float(is_right), region, memory, tas, tas_selected)
-        for name, value in zip(rewards, values, strict=True):
-            rewards[name].append(value)
-    scores = {name: torch.tensor(values) for name, values in rewards.items()}  # (G,) each
-    if config.attention_normalized and len(group.texts) > 1:
-        scores["attention"] = group_advantages(scores["attention"])
-    scores["total"] = sum(getattr(config, f"{name}_weight") * scores[name] for name in COMPONENTS)
+        completion = Completion(text, target, image, chosen.to(target.device), num_target, num_image, is_right)
+        row = {name: reward(completion, config) for name, reward in COMPONENTS.items()}
+        has_tas = num_target > 0 and length > 0
+        row["tas"] = target_attention_score(target, image, config.attention_eps) if has_tas else math.nan
+        row["tas_selected"] = (1 + completion.attention(config)) / 2 if has_tas else math.nan
+        rows.append(row)
+    scores = {name: torch.tensor([row[name] for row in rows]) for name in (*COMPONENTS, "tas", "tas_selected")}  # (G,)
+    if config.attention_normalized and len(rows) > 1:
+        scores["attention"] = normalized(scores["attention"])
+    scores["total"] = sum(weight * scores[name] for name, weight in reward_weights(config).items())
     return scores
 
 
-# --- command line -----------------------------------------------------------------------------------------------
+def normalized(rewards: Tensor) -> Tensor:
+    """(G,) rewards of a group with mean 0 and deviation 1; all 0 where they are equal."""
+    if rewards.max() == rewards.min():
+        return torch.zeros_like(rewards)
+    return (rewards - rewards.mean()) / (rewards.std() + 1e-4)
 
+
+# --- command line -----------------------------------------------------------------------------------------------
 
 WRITTEN_BY_ROLLOUT = ("id", "prompt_tokens", "texts", "truncated", "completion_ids")
 
@@ -294,7 +333,7 @@ WRITTEN_BY_ROLLOUT = ("id", "prompt_tokens", "texts", "truncated", "completion_i
 class ScoreConfig(RewardConfig, PolicyConfig):
     """Score the completions that rollout.py wrote; model, data and system prompt must be the same as there."""
 
-    rollouts: str = option("rollouts.jsonl", "What rollout.py wrote.")
+    rollouts: str = option("rollouts.jsonl", "JSONL file written by rollout.py.")
     output: str = option("rewards.jsonl", "JSONL file to write: each row of rollouts with its rewards.")
 
     def problems(self) -> list[str]:
@@ -317,7 +356,7 @@ def main(config: ScoreConfig) -> None:
         rows[row["id"]] = row
     examples = load_examples(config.data, **config.data_arguments(), require_boxes=False)
     model, processor = load_policy(**config.policy_arguments(lora_rank=0))
-    resolve_layers(model, config.attention_layers)
+    check_layers(model, config.attention_layers)
     Path(config.output).parent.mkdir(parents=True, exist_ok=True)
     sums, scored = {}, 0
     with Path(config.output).open("w", encoding="utf-8") as file:

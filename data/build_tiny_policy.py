@@ -1,20 +1,20 @@
-"""Make data/tiny_policy: a real Qwen3-VL model and processor of 1.7 M parameters that half understands the scenes.
+"""Build data/tiny_policy: a real Qwen3-VL model and processor of 1.7 M parameters that half understands the scenes.
 
-    python -m data.build_tiny_policy --out data/tiny_policy
+    OMP_NUM_THREADS=1 python -m data.build_tiny_policy --out data/tiny_policy
 
-Three stages, each from the pictures of data/scenes.py alone:
+Three stages, each from the pictures of sayo/examples/scenes alone:
 
-1. a byte-level BPE tokenizer on the questions and the reasoning of the train split, with Qwen's special tokens;
-2. the vision tower learns to say what each visual token holds. Without this stage, supervised text training alone
-   learns nothing: too little of the loss depends on the picture;
-3. supervised fine-tuning of the language model, ended while many answers are still wrong: reinforcement learning
-   needs answers that are sometimes right and sometimes wrong. First it learns from completions that all look before
-   they answer, then half of the completions are hasty ("Let me think about the question. I would say red."). So the
-   policy knows both ways and prefers haste, as real ones do, and an attention reward has something to change.
+1. A byte-level BPE tokenizer on the questions and the reasoning of the train split, with Qwen's special tokens.
+2. The vision tower learns to classify what each visual token holds. Without this stage, supervised text training
+   learns nothing: too little of its loss depends on the picture.
+3. Supervised fine-tuning of the language model, stopped while many answers are still wrong, because reinforcement
+   learning needs both right and wrong ones. At first all completions look before they answer, later half of them are
+   hasty ("Let me think about the question. I would say red."). So the policy knows both ways and prefers haste, as
+   real ones do, and an attention reward has something to change.
 
-The pictures have another scenes seed than the ones that train_rl.py trains on. It takes about 17 minutes on 2 cores.
-The same seed gives the same weights on one machine with OMP_NUM_THREADS=1; another processor or library version
-changes their last bits.
+The pictures have another scenes seed than those that train_rl.py trains on. It takes about 17 minutes on 2 cores. The
+same seed gives the same weights on one machine with OMP_NUM_THREADS=1; another processor or library version changes
+their last bits.
 """
 
 import argparse
@@ -41,30 +41,16 @@ from transformers import (
     Qwen3VLVideoProcessor,
 )
 
-from data.scenes import COLORS, LETTERS, SHAPES, Scenes
-from prompts import SYSTEM_PROMPT, prompt_text
 from reward import is_correct
+from sayo.examples.scenes.scenes import COLORS, LETTERS, SHAPES, Scenes
+from sayo.model.prompts import SYSTEM_PROMPT, prompt_text
 
 SPECIAL_NAMES = "endoftext im_start im_end object_ref_start object_ref_end box_start box_end quad_start quad_end"
 SPECIAL_NAMES += " vision_start vision_end vision_pad image_pad video_pad"
 SPECIAL_TOKENS = [f"<|{name}|>" for name in SPECIAL_NAMES.split()]
 # Qwen3-VL's template without its tools: turns between <|im_start|> and <|im_end|>, pictures as one placeholder each.
-CHAT_TEMPLATE = """\
-{%- macro render(content) -%}
-    {%- if content is string %}{{ content }}{% else %}{% for part in content -%}
-        {%- if part.type == 'image' or 'image' in part or 'image_url' in part -%}
-            <|vision_start|><|image_pad|><|vision_end|>
-        {%- elif part.type == 'video' or 'video' in part -%}
-            <|vision_start|><|video_pad|><|vision_end|>
-        {%- elif 'text' in part %}{{ part.text }}{% endif -%}
-    {%- endfor %}{% endif -%}
-{%- endmacro -%}
-{%- for message in messages -%}
-    {{- '<|im_start|>' + message.role + '\\n' + render(message.content) + '<|im_end|>\\n' -}}
-{%- endfor -%}
-{%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif -%}
-"""
-BUILD_SEED = 1  # scenes seed of all pictures that are trained on here; train_rl.py uses seed 0
+CHAT_TEMPLATE = (Path(__file__).parent / "tiny_policy" / "chat_template.jinja").read_text(encoding="utf-8")
+BUILD_SEED = 1  # scenes seed of all training pictures here; train_rl.py uses seed 0
 NAMES = ("nothing", *SHAPES, "bar", *LETTERS)  # what a visual token may hold; letters are legend entries
 PAINTS, EXTENTS = ("nothing", *COLORS), ("nothing", "", "small", "large")
 NUM_REGIONS = 9  # ninths of a picture, row by row
@@ -76,21 +62,13 @@ def build_tokenizer(texts: list[str], vocab_size: int = 480) -> Qwen2Tokenizer:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer, tokenizer.pre_tokenizer = normalizers.NFC(), splitter.pre_tokenizer
     tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size - len(SPECIAL_TOKENS),
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-        show_progress=False,
-    )
+    alphabet, size = sorted(pre_tokenizers.ByteLevel.alphabet()), vocab_size - len(SPECIAL_TOKENS)
+    trainer = trainers.BpeTrainer(vocab_size=size, initial_alphabet=alphabet, show_progress=False)
     tokenizer.train_from_iterator(texts, trainer)
     trained = json.loads(tokenizer.to_str())["model"]
-    return Qwen2Tokenizer(
-        vocab=trained["vocab"],
-        merges=[tuple(merge) for merge in trained["merges"]],
-        eos_token="<|im_end|>",
-        pad_token="<|endoftext|>",
-        extra_special_tokens=SPECIAL_TOKENS,
-        model_max_length=2048,
-    )
+    merges = [tuple(merge) for merge in trained["merges"]]
+    special = {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>", "extra_special_tokens": SPECIAL_TOKENS}
+    return Qwen2Tokenizer(vocab=trained["vocab"], merges=merges, model_max_length=2048, **special)
 
 
 def build_processor(tokenizer: Qwen2Tokenizer) -> Qwen3VLProcessor:
@@ -103,9 +81,9 @@ def build_processor(tokenizer: Qwen2Tokenizer) -> Qwen3VLProcessor:
 
 
 def build_model(tokenizer: Qwen2Tokenizer) -> Qwen3VLForConditionalGeneration:
-    """An untrained model. The spread of its weights is 1 / sqrt(fan-in): the usual 0.02 is far too small here.
+    """An untrained model. Weights have a spread of 1 / sqrt(fan-in), as the usual 0.02 is far too small here.
 
-    What the text layers add to the residual stream begins at a tenth of that, or it would drown the embeddings.
+    Output projections of the text layers start at a tenth of that, or they would drown the embeddings.
     """
     token_id = tokenizer.convert_tokens_to_ids
     rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [6, 5, 5], "mrope_interleaved": True}
@@ -115,15 +93,10 @@ def build_model(tokenizer: Qwen2Tokenizer) -> Qwen3VLForConditionalGeneration:
     text |= {"eos_token_id": token_id("<|im_end|>"), "pad_token_id": token_id("<|endoftext|>")}
     vision = {"hidden_size": 96, "intermediate_size": 384, "depth": 3, "num_heads": 4, "out_hidden_size": 128}
     vision |= {"patch_size": 16, "spatial_merge_size": 2, "temporal_patch_size": 2, "num_position_embeddings": 256}
-    config = Qwen3VLConfig(
-        text_config=text,
-        vision_config=vision | {"deepstack_visual_indexes": [1]},
-        tie_word_embeddings=True,
-        image_token_id=token_id("<|image_pad|>"),
-        video_token_id=token_id("<|video_pad|>"),
-        vision_start_token_id=token_id("<|vision_start|>"),
-        vision_end_token_id=token_id("<|vision_end|>"),
-    )
+    vision |= {"deepstack_visual_indexes": [1]}
+    ids = {"image_token_id": token_id("<|image_pad|>"), "video_token_id": token_id("<|video_pad|>")}
+    ids |= {f"vision_{side}_token_id": token_id(f"<|vision_{side}|>") for side in ("start", "end")}
+    config = Qwen3VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=True, **ids)
     model = Qwen3VLForConditionalGeneration(config)
     for name, parameter in model.named_parameters():
         if name.endswith("bias"):
@@ -140,8 +113,8 @@ def build_model(tokenizer: Qwen2Tokenizer) -> Qwen3VLForConditionalGeneration:
 def cell_labels(example: dict, rows: int, columns: int) -> tuple[Tensor, Tensor]:
     """What each of the rows x columns visual tokens of a picture holds.
 
-    A token is about the object that fills most of it, or of which it holds the largest share: small objects must not
-    be lost. A token that only touches one is left out.
+    That is the object that fills most of the token, or of which the token holds the largest share, so that small
+    objects are not lost. A token that only touches an object is left out.
 
     Returns:
         classes (rows * columns, 4): indices into NAMES, PAINTS, EXTENTS and the nine regions (0 = nothing, then 1..9),
@@ -171,8 +144,8 @@ def cell_labels(example: dict, rows: int, columns: int) -> tuple[Tensor, Tensor]
 class Batches(Dataset):
     """Batch number i is a function of i alone: examples i * batch_size and on, as a list of two half batches.
 
-    A half batch holds the processor's tensors with `labels` (B, S), -100 but on the completion, and what each visual
-    token holds, `classes` (N, 4) and `boxes` (N, 4). The first half has the system turn, the second has none.
+    A half batch holds the processor's tensors with `labels` (B, S), -100 outside the completion, and what each
+    visual token holds, `classes` (N, 4) and `boxes` (N, 4). The first half has the system turn, the second has none.
     In the first `looking` batches no completion is a hasty one.
     """
 
@@ -210,9 +183,9 @@ class Batches(Dataset):
 
 
 class Optimizers:
-    """Muon for the weight matrices and AdamW for all the rest, warmed up and then lowered linearly to a twentieth.
+    """Muon for the weight matrices, AdamW for the rest; linear warm-up, then linear decay to a twentieth.
 
-    Muon takes several times fewer steps than AdamW alone to tell shapes apart, which is what takes longest here.
+    Muon learns to tell shapes apart, which takes longest here, in several times fewer steps than AdamW alone.
     """
 
     def __init__(self, modules: list[nn.Module], muon_rate: float, adam_rate: float, steps: int, warmup: int = 40):
@@ -242,7 +215,7 @@ class Optimizers:
 def train_vision(model: nn.Module, batches: DataLoader, muon_rate=1.6e-2, adam_rate=5e-3) -> list[float]:
     """Teach the vision tower what its tokens hold.
 
-    Returns the share of right names, colors, sizes and regions, of tokens that hold something, in the last 20 steps.
+    Returns the accuracy of names, colors, sizes and regions over the tokens that hold something, in the last 20 steps.
     """
     tower, sizes = model.model.visual, (len(NAMES), len(PAINTS), len(EXTENTS), 1 + NUM_REGIONS)
     weights = (3.0, 1.0, 1.0, 0.3)  # of the losses: names are learned last, and regions from the boxes anyway
@@ -271,8 +244,8 @@ def train_vision(model: nn.Module, batches: DataLoader, muon_rate=1.6e-2, adam_r
 def finetune(model: nn.Module, batches: DataLoader, muon_rate: float, adam_rate: float, after_step) -> None:
     """Supervised training of the language model; `after_step(step, loss)` is called each time, True ends it.
 
-    The vision tower stays as it is: at first the completions say next to nothing about the picture, and the noise of
-    their gradients would undo in a few steps what the tower has learned of shapes.
+    The vision tower is frozen: at first the completions depend little on the picture, and their noisy gradients would
+    undo in a few steps what the tower has learned of shapes.
     """
     model.model.visual.requires_grad_(False)
     optimizers = Optimizers([model], muon_rate, adam_rate, len(batches))
@@ -319,7 +292,7 @@ def measure(model: nn.Module, processor: Qwen3VLProcessor, split: str, count: in
 
 
 def save_policy(model: nn.Module, processor: Qwen3VLProcessor, folder: Path) -> None:
-    """Write the folder beside its place and then put it there, so that nobody ever reads half of it."""
+    """Write the folder aside and rename it, so that it never exists in part. README.md stays in it."""
     fresh = folder.with_name(f"{folder.name}.new")
     shutil.rmtree(fresh, ignore_errors=True)
     model.save_pretrained(fresh)
@@ -374,7 +347,7 @@ def build(out: Path, arguments: argparse.Namespace) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        description="Make the embedded tiny policy again.", formatter_class=argparse.ArgumentDefaultsHelpFormatter
+        description="Build the embedded tiny policy.", formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     add = parser.add_argument
     add("--out", type=Path, required=True, help="folder to write, e.g. data/tiny_policy")

@@ -5,10 +5,7 @@ import json
 from pathlib import Path
 
 import datasets
-from datasets.info import DatasetInfosDict
-from datasets.utils.metadata import MetadataConfigs
-from huggingface_hub import DatasetCardData
-from prepare_folders import encoded
+from prepare_folders import encoded, write_card
 
 BUILDERS = {}
 SHORT = "\nAnswer with a word, a number or a short phrase."
@@ -24,13 +21,18 @@ def example(identifier: str, question: str, answer: str, choices=None, answer_ty
     return (identifier, question, answer, choices, answer_type, list(boxes))
 
 
+def row(columns: str, **read) -> dict:
+    """A row with exactly these columns, separated by "|": those that the loader reads, and "..." in the others."""
+    return {column: read.get(column.replace(" ", "_"), "...") for column in columns.split("|")}
+
+
 def embedded(color: str, path: str = "image.png") -> dict:
     return {"bytes": encoded(color), "path": path}
 
 
 def hub_folder(folder: Path, splits: dict[str, tuple[str, list[dict]]], images=("image",)) -> None:
     """What a Hub repository of Parquet files holds: {split: (file, rows)}, and a README with features and splits."""
-    files, card = [], DatasetCardData()
+    files = []
     for split, (path, rows) in splits.items():
         dataset = datasets.Dataset.from_list(rows)
         for image in images:
@@ -38,12 +40,8 @@ def hub_folder(folder: Path, splits: dict[str, tuple[str, list[dict]]], images=(
         (folder / path).parent.mkdir(parents=True, exist_ok=True)
         dataset.to_parquet(folder / path)
         files.append({"split": split, "path": path})
-    DatasetInfosDict(default=datasets.DatasetInfo(features=dataset.features)).to_dataset_card_data(card)
-    MetadataConfigs(default={"data_files": files}).to_dataset_card_data(card)
-    (folder / "README.md").write_text(f"---\n{card}\n---\n")
+    write_card(folder, dataset.features, files)
 
-
-# --- MME-RealWorld -----------------------------------------------------------------------------------------------
 
 TABLE_OPTIONS = ["(A) 24%", "(B) 13%", "(C) 12%", "(D) 11%", "(E) This image doesn't feature the data."]
 TABLE_CHOICES = ["24%", "13%", "12%", "11%", "This image doesn't feature the data."]
@@ -51,73 +49,41 @@ TABLE_CHOICES = ["24%", "13%", "12%", "11%", "This image doesn't feature the dat
 
 @builder
 def build_mme_realworld_lite(folder: Path) -> list:
+    columns = "Question_id|Image|Text|Question Type|Answer choices|Ground truth|Category|Subtask|Task"
+    text = "What's the percentage of Operating Expenses in FY 2025 in this table?"
     rows = []
-    for number, (answer, options) in enumerate([("B", TABLE_OPTIONS), ("E", TABLE_OPTIONS)], 1):
-        rows.append(
-            {
-                "Question_id": f"perception/diagram_and_table/table/000{number}",
-                "Image": f"{number}.jpg",
-                "Text": "What's the percentage of Operating Expenses in FY 2025 in this table?",
-                "Question Type": "Multiple Choice",
-                "Answer choices": options,
-                "Ground truth": answer,
-                "Category": "table",
-                "Subtask": "Diagram and Table",
-                "Task": "Perception",
-            }
-        )
+    for number, answer in enumerate("BE", 1):
+        read = {"Question_id": f"perception/table/000{number}", "Image": f"{number}.jpg", "Text": text}
+        rows.append(row(columns, Ground_truth=answer, Answer_choices=TABLE_OPTIONS, **read))
         (folder / "data" / "imgs").mkdir(parents=True, exist_ok=True)
         (folder / "data" / "imgs" / f"{number}.jpg").write_bytes(encoded("red", form="JPEG"))
     (folder / "data" / "MME-RealWorld-Lite.json").write_text(json.dumps(rows, indent=4))
-    return [example(row["Question_id"], row["Text"], row["Ground truth"], TABLE_CHOICES) for row in rows]
+    return [example(each["Question_id"], text, each["Ground truth"], TABLE_CHOICES) for each in rows]
 
 
 @builder
 def build_mme_realworld(folder: Path) -> list:
     """The Hub's copy for lmms-eval: pictures in base64."""
     question = "Where is the house with a yellow roof in the picture?"
-    row = {
-        "index": 7,
-        "bytes": base64.b64encode(encoded("yellow", size=(400, 300), form="BMP")).decode(),
-        "question": question,
-        "multi-choice options": ["(A) Left.", "(B) Right.", "(C) Top.", "(D) Bottom.", "(E) It is not there."],
-        "answer": "A",
-        "category": "Perception/Remote Sensing",
-        "l2-category": "position",
-    }
-    hub_folder(folder, {"train": ("data/train-00000-of-00001.parquet", [row])}, images=())
+    options = ["(A) Left.", "(B) Right.", "(C) Top.", "(D) Bottom.", "(E) It is not there."]
+    picture = base64.b64encode(encoded("yellow", size=(400, 300), form="BMP")).decode()
+    columns = "index|bytes|question|multi-choice options|answer|category|l2-category"
+    rows = [row(columns, index=7, bytes=picture, question=question, answer="A") | {"multi-choice options": options}]
+    hub_folder(folder, {"train": ("data/train-00000-of-00001.parquet", rows)}, images=())
     return [example("7", question, "A", ["Left.", "Right.", "Top.", "Bottom.", "It is not there."])]
-
-
-# --- the others, in the order of the paper's table ---------------------------------------------------------------
 
 
 @builder
 def build_m3cot(folder: Path) -> list:
-    def row(identifier, answer, image):
-        return {
-            "id": identifier,
-            "category": "physical-commonsense",
-            "image_id": f"{identifier}.png",
-            "question": "What is the animal about to do?",
-            "choices": ["jump", "sleep, or rest", "eat"],
-            "context": "",
-            "answer": answer,
-            "rationale": "It bends its legs.",
-            "split": "test",
-            "image": image,
-            "domain": "commonsense",
-            "topic": "physical-commonsense",
-        }
-
-    rows = [row("physical-commonsense-1", "A", embedded("red")), row("physical-commonsense-2", "B", None)]
-    rows.append(row("physical-commonsense-3", "C", embedded("blue")))
-    hub_folder(
-        folder,
-        {"train": ("data/train-00000-of-00001.parquet", rows[:1]), "test": ("data/test-00000-of-00001.parquet", rows)},
-    )
-    choices = ["jump", "sleep, or rest", "eat"]
-    return [example(row["id"], row["question"], row["answer"], choices) for row in (rows[0], rows[2])]
+    columns = "id|category|image_id|question|choices|context|answer|rationale|split|image|domain|topic"
+    choices, question = ["jump", "sleep, or rest", "eat"], "What is the animal about to do?"
+    rows = [
+        row(columns, id=f"physical-{number}", question=question, choices=choices, answer=answer, image=image)
+        for number, (answer, image) in enumerate([("A", embedded("red")), ("B", None), ("C", embedded("blue"))])
+    ]
+    files = {name: f"data/{name}-00000-of-00001.parquet" for name in ("train", "test")}
+    hub_folder(folder, {"train": (files["train"], rows[:1]), "test": (files["test"], rows)})
+    return [example(each["id"], question, each["answer"], choices) for each in (rows[0], rows[2])]
 
 
 @builder
@@ -150,16 +116,9 @@ def build_mmstar(folder: Path) -> list:
         "Question: How many snowmen are there?\nChoices:\n(A) 10\n(B) 15\n(C) 12\n(D) 20",
         "Look at the four pictures A to D. Which one is upside down?",
     ]
+    columns = "index|question|image|answer|category|l2_category|meta_info"
     rows = [
-        {
-            "index": number,
-            "question": question,
-            "image": embedded("red", f"images/{number}.jpg"),
-            "answer": "C",
-            "category": "coarse perception",
-            "l2_category": "image scene and topic",
-            "meta_info": {"source": "MMBench", "split": "val", "image_path": f"images/{number}.jpg"},
-        }
+        row(columns, index=number, question=question, image=embedded("red", f"images/{number}.jpg"), answer="C")
         for number, question in enumerate(questions)
     ]
     hub_folder(folder, {"val": ("mmstar.parquet", rows)})
@@ -173,84 +132,57 @@ def build_mmstar(folder: Path) -> list:
 
 @builder
 def build_mathvision(folder: Path) -> list:
-    def row(identifier, question, options, answer):
-        return {
-            "id": identifier,
-            "question": question,
-            "options": options,
-            "image": f"images/{identifier}.jpg",
-            "decoded_image": embedded("red"),
-            "answer": answer,
-            "solution": None,
-            "level": 1,
-            "subject": "counting",
-        }
-
+    questions = ["How many triangles?\n<image1>", "Which picture?\n<image1>", "How long is the side?\n<image1>"]
+    options = [["3", "$\\frac{9}{2}$"], ["A", "B", "C", "D", "E"], []]
+    columns = "id|question|options|image|decoded_image|answer|solution|level|subject"
     rows = [
-        row("1", "How many triangles?\n<image1>", ["3", "$\\frac{9}{2}$"], "B"),
-        row("2", "Which picture?\n<image1>", ["A", "B", "C", "D", "E"], "D"),
-        row("3", "How long is the side?\n<image1>", [], "\\frac{3}{2}"),
+        row(columns, id=number, question=question, options=given, answer=answer, decoded_image=embedded("red"))
+        for number, question, given, answer in zip("123", questions, options, ["B", "D", "\\frac{3}{2}"], strict=True)
     ]
     test, mini = ("test-00000-of-00001-3532b8d3f1b4047a", "testmini-00000-of-00001-f8ff70fcb2f29b1d")
     files = {"test": (f"data/{test}.parquet", rows), "testmini": (f"data/{mini}.parquet", rows[:1])}
     hub_folder(folder, files, images=("decoded_image",))
-    return [
-        example("1", rows[0]["question"], "B", ["3", "$\\frac{9}{2}$"], "math"),
-        example("2", rows[1]["question"], "D", ["A", "B", "C", "D", "E"], "math"),
-        example("3", rows[2]["question"], "\\frac{3}{2}", None, "math"),
-    ]
+    return [example(each["id"], each["question"], each["answer"], each["options"] or None, "math") for each in rows]
 
 
-def _wemath_row(key: str, image) -> dict:
-    return {
-        "ID": "3steps_165",
-        "split": "testmini",
-        "knowledge concept": "Area of Circles",
-        "question": "What is the area of the flower bed (  ) m²?(π = 3.14)",
-        "option": "A. 200.96;B. 3215.36;C. 6280;D. 32; E. No correct answer",
-        "answer": "B",
-        "image_path": image,
-        "key": key,
-        "question number": 1575,
-        "knowledge concept description": "Area of ...",
-    }
+WEMATH_QUESTION = "What is the area of the flower bed (  ) m²?(π = 3.14)"
+WEMATH_CHOICES = ["200.96", "3215.36", "6280", "32", "No correct answer"]
 
 
-def _wemath_examples() -> list:
-    choices = ["200.96", "3215.36", "6280", "32", "No correct answer"]
-    question = _wemath_row("", None)["question"]
-    return [example(f"3steps_165@{key}", question, "B", choices) for key in ("3steps_1", "3steps_multi")]
+def _wemath_rows(image) -> tuple[list[dict], list]:
+    """Two rows of one id with this picture, and the examples that they are."""
+    columns = "ID|split|knowledge concept|question|option|answer|image_path|key|question number"
+    read = {"ID": "3steps_165", "question": WEMATH_QUESTION, "image_path": image, "answer": "B"}
+    option, keys = "A. 200.96;B. 3215.36;C. 6280;D. 32; E. No correct answer", ("3steps_1", "3steps_multi")
+    rows = [row(f"{columns}|knowledge concept description", key=key, option=option, **read) for key in keys]
+    return rows, [example(f"3steps_165@{key}", WEMATH_QUESTION, "B", WEMATH_CHOICES) for key in keys]
 
 
 @builder
 def build_wemath(folder: Path) -> list:
-    rows = [_wemath_row(key, embedded("red")) for key in ("3steps_1", "3steps_multi")]
+    rows, expected = _wemath_rows(embedded("red"))
     hub_folder(folder, {"testmini": ("data/testmini-00000-of-00001.parquet", rows)}, images=("image_path",))
-    return _wemath_examples()
+    return expected
 
 
 def build_wemath_repository(folder: Path) -> list:
     """As the benchmark's own repository has it: JSON, and pictures under data/."""
-    rows = [_wemath_row(key, "3steps/image/165-3.png") for key in ("3steps_1", "3steps_multi")]
+    rows, expected = _wemath_rows("3steps/image/165-3.png")
     (folder / "data" / "3steps" / "image").mkdir(parents=True)
     (folder / "data" / "3steps" / "image" / "165-3.png").write_bytes(encoded())
     (folder / "data" / "testmini.json").write_text(json.dumps(rows))
-    return _wemath_examples()
+    return expected
 
 
 @builder
 def build_chartqa(folder: Path) -> list:
-    answers = [("How many stores did Saint Laurent operate in 2020?", "267"), ("Which years?", "[2010, 2012]")]
-    answers.append(("What color?", "Blue"))
-    rows = [
-        {"type": "augmented_test", "question": question, "answer": answer, "image": embedded("red")}
-        for question, answer in answers
-    ]
+    answers = {"How many stores did Saint Laurent operate in 2020?": "267", "Which years?": "[2010, 2012]"}
+    answers["What color?"] = "Blue"
+    common = {"type": "augmented_test", "image": embedded("red")}
+    rows = [common | {"question": question, "answer": answer} for question, answer in answers.items()]
     hub_folder(folder, {"test": ("data/test-00000-of-00001.parquet", rows)})
-    return [
-        example(str(number), question + SHORT, answer, None, "relaxed_number")
-        for number, (question, answer) in enumerate(answers)
-    ]
+    known = enumerate(answers.items())
+    return [example(str(n), question + SHORT, answer, None, "relaxed_number") for n, (question, answer) in known]
 
 
 def build_chartqa_of_huggingface(folder: Path) -> list:
@@ -276,28 +208,14 @@ def build_ai2d(folder: Path) -> list:
 
 @builder
 def build_charxiv(folder: Path) -> list:
-    def row(original_id, question, answer):
-        return {
-            "image": embedded("red"),
-            "category": "cs",
-            "year": "20",
-            "original_figure_path": "foo/bar.jpg",
-            "original_id": original_id,
-            "figure_path": "images/0.jpg",
-            "num_subplots": 1,
-            "descriptive_q1": 2,
-            "descriptive_a1": "Not Applicable",
-            "reasoning_q": question,
-            "reasoning_q_source": 1,
-            "reasoning_a": answer,
-            "reasoning_a_type": 1,
-        }
-
-    rows = [row("2004.03856", "Which model is best?", "Joint-CNN"), row("2004.03856", "Which plot?", "A")]
-    rows.append(row("2004.10956", "How many points lie above 0.95?", "2"))
-    hub_folder(folder, {"validation": ("val.parquet", rows), "test": ("test.parquet", rows[:1])})
-    return [
-        example("2004.03856#0", "Which model is best?" + SHORT, "Joint-CNN"),
-        example("2004.03856#1", "Which plot?" + SHORT, "A"),
-        example("2004.10956", "How many points lie above 0.95?" + SHORT, "2"),
+    columns = "image|category|year|original_figure_path|original_id|figure_path|num_subplots|descriptive_q1"
+    columns += "|descriptive_a1|reasoning_q|reasoning_q_source|reasoning_a|reasoning_a_type"
+    asked = [("2004.03856", "Which model is best?", "Joint-CNN"), ("2004.03856", "Which plot?", "A")]
+    asked.append(("2004.10956", "How many points lie above 0.95?", "2"))
+    rows = [
+        row(columns, image=embedded("red"), original_id=figure, reasoning_q=question, reasoning_a=answer)
+        for figure, question, answer in asked
     ]
+    hub_folder(folder, {"validation": ("val.parquet", rows), "test": ("test.parquet", rows[:1])})
+    names = ("2004.03856#0", "2004.03856#1", "2004.10956")
+    return [example(name, text + SHORT, answer) for name, (_, text, answer) in zip(names, asked, strict=True)]

@@ -1,4 +1,4 @@
-"""A real headless Chromium for the tests of the report's page."""
+"""A real headless Chromium for the tests of the report's page, and what it shows of it."""
 
 import os
 import shutil
@@ -48,3 +48,52 @@ def set_screen(browser, width: int, height: int, *, dark: bool = False, phone: b
     browser.execute_cdp_cmd("Emulation.setTouchEmulationEnabled", {"enabled": phone})
     scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
     browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [scheme]})
+
+
+def find(browser, selector: str):
+    return browser.find_elements("css selector", selector)
+
+
+def settle(browser) -> None:
+    """Two frames: moves of a pointer reach the page with the next frame, not at once."""
+    browser.execute_script("return new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done)))")
+
+
+def tokens_of(browser, pane: int):
+    return find(find(browser, ".tokens")[pane], ".token")
+
+
+def selected(browser) -> list[str]:
+    """Text of the token under the cursor in each pane, None where the completion has ended."""
+    settle(browser)
+    chosen = [find(tokens, '[aria-selected="true"]') for tokens in find(browser, ".tokens")]
+    return [own[0].get_property("textContent") if own else None for own in chosen]
+
+
+def text_of(browser, node) -> str:
+    return browser.execute_script("return arguments[0].textContent.toWellFormed()", node)
+
+
+def actions(browser):
+    """Selenium's chain of pointer and key actions, without delays."""
+    from selenium.webdriver import ActionChains
+
+    return ActionChains(browser, duration=0)
+
+
+def press(browser, *keys: str) -> None:
+    actions(browser).send_keys(*keys).perform()
+
+
+def point(browser, node) -> None:
+    actions(browser).move_to_element(node).perform()
+
+
+def focus(browser, selector: str, index: int = 0) -> None:
+    browser.execute_script("arguments[0].focus()", find(browser, selector)[index])
+
+
+def keys():
+    from selenium.webdriver.common.keys import Keys
+
+    return Keys

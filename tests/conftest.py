@@ -7,8 +7,7 @@ from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-# Of this process and of those that tests start: sums over two threads are not those over one, and several processes
-# of several threads each wait for each other.
+# Sums over two threads are not those over one, and processes of several threads each wait for each other.
 os.environ["OMP_NUM_THREADS"] = "1"
 
 import datasets
@@ -20,10 +19,10 @@ from browser import open_browser, set_screen
 from hypothesis import settings
 from PIL import Image
 
-from data.scenes import Scenes
-from prompts import encode_prompt
-from report import page
-from vlm import load_policy
+from sayo.examples.scenes.scenes import Scenes
+from sayo.model.loading import load_policy
+from sayo.model.prompts import encode_prompt
+from sayo.show.report import page
 
 settings.register_profile("same examples every time", derandomize=True, deadline=None)
 settings.load_profile("same examples every time")
@@ -37,6 +36,13 @@ def randomize_adapter(model, seed: int = 0, scale: float = 0.02):
             if "lora_B" in name:
                 parameter.copy_(scale * torch.randn(parameter.shape, generator=generator))
     return model
+
+
+def adapted(folder, scale: float = 0.02, **options):
+    """(model, processor) with a LoRA adapter that is not the identity."""
+    torch.manual_seed(0)  # of LoRA's own random half
+    model, processor = load_policy(folder, **({"lora_rank": 4, "dtype": "float32"} | options))
+    return randomize_adapter(model, scale=scale), processor
 
 
 FAMILIES = ("qwen3_vl", "qwen2_5_vl", "internvl", "smolvlm", "qwen3_5")
@@ -63,14 +69,8 @@ def model_folders(tmp_path_factory) -> dict[str, str]:
 
 @pytest.fixture(scope="session")
 def policies(model_folders):
-    """(model, processor) by family, with a LoRA adapter that is not the identity. Shared: leave it as it is."""
-
-    def load(family):
-        torch.manual_seed(0)  # of LoRA's own random half
-        model, processor = load_policy(model_folders[family], lora_rank=4, dtype="float32")
-        return randomize_adapter(model), processor
-
-    return _Lazy(load)
+    """What `adapted` gives, by family. Shared: leave it as it is."""
+    return _Lazy(lambda family: adapted(model_folders[family]))
 
 
 @pytest.fixture(scope="session")
@@ -86,10 +86,8 @@ def examples() -> list[dict]:
 def ragged_completions(processor, lengths=(7, 1, 12, 4), seed: int = 0) -> list[torch.Tensor]:
     """Random ordinary tokens, one completion for each length."""
     generator = torch.Generator().manual_seed(seed)
-    vocabulary = [
-        token for token in range(len(processor.tokenizer)) if token not in processor.tokenizer.added_tokens_decoder
-    ]
-    chosen = torch.tensor(vocabulary)
+    special = processor.tokenizer.added_tokens_decoder
+    chosen = torch.tensor([token for token in range(len(processor.tokenizer)) if token not in special])
     return [chosen[torch.randint(len(chosen), (length,), generator=generator)] for length in lengths]
 
 
@@ -153,6 +151,16 @@ def without(key: str) -> dict:
 def two(boxes, **more) -> dict:
     """A row with two images, a.png and b.png."""
     return without("image") | {"images": ["a.png", "b.png"], "boxes": boxes} | more
+
+
+class Opens:
+    """A pickle of this makes a file when it is read."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")
 
 
 # --- the report's page ---------------------------------------------------------------------------------------------

@@ -1,4 +1,8 @@
-"""Small public datasets as they lie on disk, for the tests of the preparation scripts, with what is to come out."""
+"""Small public datasets as they lie on disk, and what the preparation scripts make of them.
+
+Each build_... gives where it is, the rows to keep as {id: (question, answer, boxes, encoded picture)}, and the ids of
+the rows to drop by reason.
+"""
 
 import io
 import json
@@ -11,6 +15,19 @@ from huggingface_hub import DatasetCardData
 from PIL import Image
 
 WIDTH, HEIGHT = 40, 30
+BOX = [1.5, 2.0, 20.0, 14.25]  # of Visual-CoT
+SALIENCY = [  # box as it is written, boxes of the 200 x 100 picture or a reason
+    ("[0.1, 0.2, 0.5, 0.9]", [[20, 20, 100, 90]]),
+    ("[0.094, 0.312, 0.44, 0.795]", [[18.8, 31.2, 88, 79.5]]),
+    ("[-0.004, 0.5, 1.002, 1.01]", [[0, 50, 200, 100]]),  # clipped
+    ("[0.0, 0.0, 1.0, 1.0]", [[0, 0, 200, 100]]),
+    ("[0.5, 0.5, 1.3, 0.9]", "box outside of its picture"),
+    ("[0.5, 0.5, 0.5, 0.9]", "box without area"),
+    ("[0.5, 0.5, 0.9]", "box is not four numbers"),
+    ("somewhere", "box is not four numbers"),
+    ("", "no box"),
+    (None, "no box"),
+]
 
 
 def encoded(color: str = "red", size: tuple[int, int] = (WIDTH, HEIGHT), form: str = "PNG", orientation: int = 1):
@@ -35,52 +52,37 @@ def contents(out: Path) -> dict[str, bytes]:
     return {str(path.relative_to(out)): path.read_bytes() for path in sorted(out.rglob("*")) if path.is_file()}
 
 
-# --- GQA ---------------------------------------------------------------------------------------------------------
-
-
 def gqa_question(image: str, asked="Is the cat left of the dog?", said="yes", /, **annotations) -> dict:
     """A question with all the fields that the real ones have; annotations are those of question, answer, fullAnswer."""
-    return {
-        "semantic": [{"operation": "select", "dependencies": [], "argument": "cat (11)"}],
-        "entailed": [],
-        "equivalent": ["1"],
-        "question": asked,
-        "imageId": image,
-        "isBalanced": True,
-        "groups": {"global": None, "local": "06-cat"},
-        "answer": said,
-        "semanticStr": "select: cat (11)",
-        "annotations": {"question": {}, "answer": {}, "fullAnswer": {}} | annotations,
-        "types": {"detailed": "relVerify", "semantic": "rel", "structural": "verify"},
-        "fullAnswer": "Yes, the cat is left of the dog.",
-    }
+    annotations = {"question": {}, "answer": {}, "fullAnswer": {}} | annotations
+    row = {"question": asked, "imageId": image, "answer": said, "annotations": annotations, "isBalanced": True}
+    row |= {"semantic": [{"operation": "select", "dependencies": [], "argument": "cat (11)"}], "entailed": []}
+    row |= {"semanticStr": "select: cat (11)", "groups": {"global": None, "local": "06-cat"}, "equivalent": ["1"]}
+    row |= {"types": {"detailed": "relVerify", "semantic": "rel", "structural": "verify"}}
+    return row | {"fullAnswer": "Yes, the cat is left of the dog."}
 
 
 def build_gqa(folder: Path, num_plain: int = 40) -> tuple[dict, dict, dict]:
-    """Write GQA's files. Returns the fields of GqaConfig, boxes by the id of a good question, ids by reason."""
+    """GQA's files; the first result holds the fields of GqaConfig."""
     images = folder / "images"
     images.mkdir(parents=True)
-    objects = {
-        "11": {"name": "cat", "x": 1, "y": 2, "w": 10, "h": 12, "attributes": ["black"], "relations": []},
-        "12": {"name": "dog", "x": 20, "y": 3, "w": 15, "h": 20, "attributes": [], "relations": []},
-        "13": {"name": "rug", "x": 0, "y": 0, "w": 41, "h": 30, "attributes": [], "relations": []},
-        "14": {"name": "dot", "x": 4, "y": 4, "w": 0, "h": 3, "attributes": [], "relations": []},
-        "15": {"name": "far", "x": 30, "y": 4, "w": 30, "h": 3, "attributes": [], "relations": []},
-        "16": {"name": "tom", "x": 1, "y": 2, "w": 10, "h": 12, "attributes": [], "relations": []},
-    }
+    sides = {"11": (1, 2, 10, 12), "12": (20, 3, 15, 20), "13": (0, 0, 41, 30)}
+    sides |= {"14": (4, 4, 0, 3), "15": (30, 4, 30, 3), "16": (1, 2, 10, 12)}
+    common = {"name": "thing", "attributes": ["black"], "relations": []}
+    objects = {key: common | dict(zip("xywh", values, strict=True)) for key, values in sides.items()}
     graph = {"width": WIDTH, "height": HEIGHT, "location": "indoors", "objects": objects}
     graphs = {name: graph for name in ("n1", "gone", "cut", "turned", *map(str, range(num_plain)))}
     graphs["wide"] = graph | {"width": 2 * WIDTH}
-    for index, name in enumerate(["n1", "wide", *map(str, range(num_plain))]):
-        (images / f"{name}.jpg").write_bytes(encoded(f"hsl({index * 7 % 360}, 90%, 50%)", form="JPEG"))
-    (images / "n1_no_graph.jpg").write_bytes(encoded(form="JPEG"))
-    (images / "cut.jpg").write_bytes(encoded(form="JPEG")[:-30])
-    (images / "turned.jpg").write_bytes(encoded(form="JPEG", orientation=6))  # shown as 30 x 40
+    names = enumerate(["n1", "wide", *map(str, range(num_plain))])
+    pictures = {name: encoded(f"hsl({index * 7 % 360}, 90%, 50%)", form="JPEG") for index, name in names}
+    pictures["n1_no_graph"] = encoded(form="JPEG")
+    pictures |= {"cut": encoded(form="JPEG")[:-30], "turned": encoded(form="JPEG", orientation=6)}  # shown as 30 x 40
+    for name, picture in pictures.items():
+        (images / f"{name}.jpg").write_bytes(picture)
 
     cat, dog = [1, 2, 11, 14], [20, 3, 35, 23]
-    questions = {f"0{i}": gqa_question(str(i), f"What is {i}?", question={"2": "11"}) for i in range(num_plain)}
-    boxes = {key: [cat] for key in questions}
-    good = {  # more than one object, of all three texts, in the order of their names, without repetitions
+    good = {f"0{i}": (gqa_question(str(i), f"What is {i}?", question={"2": "11"}), [cat]) for i in range(num_plain)}
+    good |= {  # more than one object, of all three texts, in the order of their names, without repetitions
         "several": (gqa_question("n1", "A?", question={"2": "12", "4:6": "11"}, fullAnswer={"0": "12"}), [dog, cat]),
         "answers": (gqa_question("n1", "B?", answer={"0": "11"}, fullAnswer={"3": "12"}), [cat, dog]),
         "comma": (gqa_question("n1", "C?", answer={"0": "11,12"}), [cat, dog]),
@@ -89,34 +91,28 @@ def build_gqa(folder: Path, num_plain: int = 40) -> tuple[dict, dict, dict]:
         "turned": (gqa_question("turned", "F?", question={"0": "11"}), [[30 - 14, 1, 30 - 2, 11]]),
         "naïve": (gqa_question("n1", 'Où est « "{le}, chat" » 猫 ?', "là", question={"0": "11"}), [cat]),
     }
-    for key, (question, expected) in good.items():
-        questions[key], boxes[key] = question, expected
     bad = {
-        "no annotated object": [gqa_question("n1", "Is it outdoors?")],
-        "no question": [gqa_question("n1", "  ", question={"0": "11"})],
-        "no answer": [gqa_question("n1", "G?", None, question={"0": "11"})],
-        "picture missing": [gqa_question("gone", question={"0": "11"})],
-        "picture unreadable": [gqa_question("cut", question={"0": "11"})],
-        "object not in the scene graph": [gqa_question("n1", "H?", question={"0": "11", "1": "99"})],
-        "no scene graph": [gqa_question("n1_no_graph", question={"0": "11"})],
-        "box without area": [gqa_question("n1", "I?", question={"0": "11", "1": "14"})],
-        "box outside of its picture": [gqa_question("n1", "J?", question={"0": "15"})],
-        "picture of another size than annotated": [gqa_question("wide", question={"0": "11"})],
-        "annotations or scene graph of another form": [gqa_question("n1", "K?") | {"annotations": ["11"]}],
-        "no imageId": [{"question": "L?", "answer": "yes", "annotations": {}}],
+        "no annotated object": gqa_question("n1", "Is it outdoors?"),
+        "no question": gqa_question("n1", "  ", question={"0": "11"}),
+        "no answer": gqa_question("n1", "G?", None, question={"0": "11"}),
+        "picture missing": gqa_question("gone", question={"0": "11"}),
+        "picture unreadable": gqa_question("cut", question={"0": "11"}),
+        "object not in the scene graph": gqa_question("n1", "H?", question={"0": "11", "1": "99"}),
+        "no scene graph": gqa_question("n1_no_graph", question={"0": "11"}),
+        "box without area": gqa_question("n1", "I?", question={"0": "11", "1": "14"}),
+        "box outside of its picture": gqa_question("n1", "J?", question={"0": "15"}),
+        "picture of another size than annotated": gqa_question("wide", question={"0": "11"}),
+        "annotations or scene graph of another form": gqa_question("n1", "K?") | {"annotations": ["11"]},
+        "no imageId": {"question": "L?", "answer": "yes", "annotations": {}},  # read with the picture: it has no id yet
     }
-    reasons = {}
-    for reason, cases in bad.items():
-        for number, question in enumerate(cases):
-            questions[f"{reason} {number}"] = question
-            reasons.setdefault(reason, []).append(f"{reason} {number}")
+    questions = {key: question for key, (question, _) in good.items()}
+    questions |= {f"{reason} 0": row for reason, row in bad.items()}
     (folder / "questions.json").write_text(json.dumps(questions, ensure_ascii=False), encoding="utf-8")
     (folder / "graphs.json").write_text(json.dumps(graphs, indent=1))
     paths = {"questions": folder / "questions.json", "scene_graphs": folder / "graphs.json", "images": images}
-    return {name: str(path) for name, path in paths.items()}, boxes, reasons
-
-
-# --- the Hub -----------------------------------------------------------------------------------------------------
+    rows = {key: (q["question"], q["answer"], boxes, pictures[q["imageId"]]) for key, (q, boxes) in good.items()}
+    dropped = {reason: [f"{reason} 0"] for reason in bad} | {"no imageId": [f"row {len(questions) - 1}"]}
+    return {name: str(path) for name, path in paths.items()}, rows, dropped
 
 
 def push_to_folder(dataset: datasets.Dataset, folder: Path, num_shards: int = 3) -> str:
@@ -125,53 +121,114 @@ def push_to_folder(dataset: datasets.Dataset, folder: Path, num_shards: int = 3)
     for index in range(num_shards):
         shard = dataset.shard(num_shards, index, contiguous=True)
         shard.to_parquet(folder / "data" / f"train-{index:05d}-of-{num_shards:05d}.parquet")
-    card = DatasetCardData()
-    DatasetInfosDict(default=datasets.DatasetInfo(features=dataset.features)).to_dataset_card_data(card)
-    MetadataConfigs(default={"data_files": [{"split": "train", "path": "data/train-*"}]}).to_dataset_card_data(card)
-    (folder / "README.md").write_text(f"---\n{card}\n---\n")
+    write_card(folder, dataset.features, [{"split": "train", "path": "data/train-*"}])
     return str(folder)
 
 
-def build_refocus(folder: Path, num_plain: int = 30) -> tuple[str, dict, dict, dict]:
-    """A copy of ReFocus_Data. Returns its folder, boxes and encoded picture by good id, ids by reason."""
+def write_card(folder: Path, features: datasets.Features, files: list[dict[str, str]]) -> None:
+    """The README of a Hub repository: features, and the files of its splits."""
+    card = DatasetCardData()
+    DatasetInfosDict(default=datasets.DatasetInfo(features=features)).to_dataset_card_data(card)
+    MetadataConfigs(default={"data_files": files}).to_dataset_card_data(card)
+    (folder / "README.md").write_text(f"---\n{card}\n---\n")
+
+
+def build_refocus(folder: Path, num_plain: int = 30) -> tuple[str, dict, dict]:
+    """A copy of ReFocus_Data; the first result is its folder."""
     chart = {"x1": [5.0, 20.0], "y1": [1.0, 1.0], "x2": [9.0, 30.5], "y2": [20.0, 20.0]}
-    none = {"x1": [], "y1": [], "x2": [], "y2": []}
+    others = {"thoughts": ["Look at the bars."], "edited_image": {"bytes": encoded("green"), "path": "edited.png"}}
+    others |= {"source": "chartqa_v_bar", "split": "train", "x_values": ["a", "b"]}
+    others |= {"figure_bbox": {"x1": 0.0, "y1": 0.0, "x2": 40.0, "y2": 30.0}}
 
     def row(identifier, picture=None, areas=chart, question=None, answer="7", path="chart.png"):
         picture = encoded(f"rgb({len(rows) * 5}, 9, 9)") if picture is None else picture
-        return {
-            "id": identifier,
-            "question": question or f"How many for {identifier}?",
-            "answer": answer,
-            "image": {"bytes": picture, "path": path},
-            "thoughts": ["Look at the bars."],
-            "edited_image": {"bytes": encoded("green"), "path": "edited.png"},
-            "focus_areas_bbox": areas,
-            "source": "chartqa_v_bar",
-            "split": "train",
-            "x_values": ["a", "b"],
-            "figure_bbox": {"x1": 0.0, "y1": 0.0, "x2": 40.0, "y2": 30.0},
-        }
+        read = {"id": identifier, "question": question or f"How many for {identifier}?", "answer": answer}
+        return others | read | {"image": {"bytes": picture, "path": path}, "focus_areas_bbox": areas}
 
     rows: list[dict] = []
     for index in range(num_plain):
         rows.append(row(f"plain {index}"))
-    rows.append(
-        row("jpeg", encoded("blue", form="JPEG", orientation=6), {"x1": [1], "y1": [1], "x2": [29], "y2": [39]})
-    )
+    turned = encoded("blue", form="JPEG", orientation=6)
+    rows.append(row("jpeg", turned, {"x1": [1], "y1": [1], "x2": [29], "y2": [39]}))
     rows.append(row("same picture", encoded("rgb(0, 9, 9)"), chart))  # bytes of "plain 0"
-    boxes = {entry["id"]: [[5, 1, 9, 20], [20, 1, 30.5, 20]] for entry in rows} | {"jpeg": [[1, 1, 29, 39]]}
-    pictures = {entry["id"]: entry["image"]["bytes"] for entry in rows}
+    boxes = [[5, 1, 9, 20], [20, 1, 30.5, 20]]
+    kept = {entry["id"]: (entry["question"], entry["answer"], boxes, entry["image"]["bytes"]) for entry in rows}
+    kept["jpeg"] = (*kept["jpeg"][:2], [[1, 1, 29, 39]], turned)
     bad = {
-        "no focus area": row("empty", areas=none),
+        "no focus area": row("empty", areas={name: [] for name in chart}),
         "focus areas of another form": row("uneven", areas=chart | {"x1": [1.0]}),
         "no answer": row("mute", answer=" "),
         "picture unreadable": row("cut", picture=encoded()[:40]),
         "picture missing": row("gone", picture=b"", path=None),
-        "duplicate id": row("plain 1", question="Another question?"),
+        "duplicate id": row("plain 1", question="Another question?"),  # the row that seed 0 has first
     }
-    reasons = {reason: [entry["id"]] for reason, entry in bad.items()}
-    rows += bad.values()
-    dataset = datasets.Dataset.from_list(rows)
+    kept["plain 1"] = ("Another question?", *kept["plain 1"][1:3], bad["duplicate id"]["image"]["bytes"])
+    dataset = datasets.Dataset.from_list(rows + list(bad.values()))
     dataset = dataset.cast_column("image", datasets.Image()).cast_column("edited_image", datasets.Image())
-    return push_to_folder(dataset, folder), boxes, pictures, reasons
+    return push_to_folder(dataset, folder), kept, {reason: [entry["id"]] for reason, entry in bad.items()}
+
+
+def build_saliency(folder: Path, box_type=str, **names) -> tuple[str, dict, dict]:
+    """A copy of saliency-r1-8k, its boxes as text or lists, `names` for its columns; the first result is its folder."""
+    rows, kept, dropped = [], {}, {}
+    for number, (box, expected) in enumerate(SALIENCY):
+        picture = encoded(f"hsl({number * 30}, 80%, 50%)", (200, 100))
+        row = {"dataset": "CUB" if number % 2 else "DocVQA", "split": "train", "question_id": number % 2}  # repeats
+        row |= {"problem": f"Question {number}?", "solution": "Yes"}
+        row["bbox"] = box if box_type is str else json.loads(box) if box and box.startswith("[") else None
+        row["image"] = {"bytes": picture, "path": f"{number}.png"}
+        rows.append({names.get(name, name): value for name, value in row.items()})
+        if isinstance(expected, str):
+            dropped.setdefault(expected, []).append(str(number))
+        else:
+            kept[str(number)] = (row["problem"], "Yes", expected, picture)
+    dataset = datasets.Dataset.from_list(rows).cast_column(names.get("image", "image"), datasets.Image())
+    return push_to_folder(dataset, folder), kept, dropped
+
+
+def visual_cot_line(dataset: str, image: str, question: str, answer="Yes", bboxs=None, **more) -> dict:
+    """A line of the metadata of Visual-CoT."""
+    row = {"question": question, "answer": answer, "image": image, "width": WIDTH, "height": HEIGHT}
+    return row | {"bboxs": [BOX] if bboxs is None else bboxs, "dataset": dataset, "split": "train"} | more
+
+
+def build_visual_cot(folder: Path) -> tuple[dict, dict, dict]:
+    """Metadata as on the Hub and pictures as in its archive; the first result holds the fields of VisualCotConfig."""
+    line, picture, images, metadata = visual_cot_line, encoded(form="JPEG"), folder / "images", folder / "hub/metadata"
+    for name in ("cub/001.Albatross/a.jpg", "cot/vsr/1.jpg", "gqa/2.jpg", "textvqa/3.jpg", "gqa/cut.jpg"):
+        (images / name).parent.mkdir(parents=True, exist_ok=True)
+        (images / name).write_bytes(picture[:60] if "cut" in name else picture)
+    albatross, pair = "001.Albatross/a.jpg", [BOX, [0, 0, 40, 30]]
+    files = {
+        "cub": [line("cub", albatross, "Grey forehead?"), line("cub", albatross, "Blue?", "No")],
+        "vsr": [line("vsr", "1.jpg", "Under?", bboxs=pair), line("vsr", "1.jpg", "Under?")],
+        "textcap": [line("textcap", "3.jpg", "What is written?", "stop", ocr=["stop"])],
+        "gqa": [
+            line("gqa", "2.jpg", "Where?", "left", full_answer="It is left."),
+            line("gqa", "missing.jpg", "A?"),
+            line("gqa", "cut.jpg", "B?"),
+            line("gqa", "2.jpg", "C?", bboxs=[]),
+            line("gqa", "2.jpg", "D?", bboxs=[[30, 4, 70, 9]]),
+            line("gqa", "2.jpg", "E?", width=500),
+            line("gqa", "2.jpg", "F?", answer=None),
+            line("gqa", "2.jpg", "G?", bboxs=3),
+            "not JSON",
+        ],
+    }
+    metadata.mkdir(parents=True)
+    for name, rows in files.items():
+        lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
+        (metadata / f"{name}_cot_train.jsonl").write_text("\n".join(lines) + "\n")
+    kept = {
+        "cub_cot_train:1": ("Grey forehead?", "Yes", [BOX], picture),
+        "cub_cot_train:2": ("Blue?", "No", [BOX], picture),
+        "vsr_cot_train:1": ("Under?", "Yes", pair, picture),  # of the two, the row that seed 0 has first
+        "textcap_cot_train:1": ("What is written?", "stop", [BOX], picture),
+        "gqa_cot_train:1": ("Where?", "left", [BOX], picture),
+    }
+    reasons = ["picture missing", "picture unreadable", "no box", "box outside of its picture"]
+    reasons += ["picture of another size than annotated", "no answer", "box is not four numbers"]
+    dropped = {reason: [f"gqa_cot_train:{number}"] for number, reason in enumerate(reasons, 2)}
+    # Files are read in the order of their names: cub, gqa, textcap, vsr.
+    dropped |= {"line is not JSON": ["row 10"], "duplicate (picture, question, answer)": ["vsr_cot_train:2"]}
+    return {"metadata": str(folder / "hub"), "images": str(images)}, kept, dropped

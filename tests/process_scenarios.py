@@ -1,14 +1,15 @@
-"""Training with something the matter, in one process or several: what the tests of several processes launch.
+"""Training in which something goes wrong, in one process or several: what the tests of several processes launch.
 
     accelerate launch --multi_gpu --num_processes 2 tests/process_scenarios.py trouble --max_steps 8 ...
 
-The first argument names what happens, the others are those of train_rl.py. A scenario speaks of the numbers of groups
-within a step, not of processes, so that one process with two groups has the same trouble as two with one each.
+The first argument names what happens, the others are flags of train_rl.py. Scenarios count the groups of a step, not
+processes: one process with two groups has the same trouble as two with one each.
 """
 
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -22,18 +23,19 @@ import small_run
 import torch
 from torch.distributed.tensor import DTensor
 
-import data.attention_regions
-import processes
+import evaluate
 import train_rl
-from config import ConfigError, run_command
-from prompts import base_model
+from sayo.extensions import attention_regions
+from sayo.model.prompts import base_model
+from sayo.run import processes
+from sayo.settings import ConfigError, run_command
 
 RANK = int(os.environ.get("RANK", 0))
 ONE = ("--num_machines", "1", "--num_processes", "1")  # --multi_gpu is refused for one process
 SMALL = small_run.SMALL | {"eval_limit": 3, "warmup_steps": 0, "try_biggest": False}
 
 
-def launch(scenario: str, folder: Path, *, launcher: tuple = ("--num_processes", "2"), env=None, **settings):
+def launch(scenario: str, folder: Path, *, launcher: tuple = ("--num_processes", "2"), **settings):
     """A started `accelerate launch`; settings are those of train_rl.Config, SMALL by default."""
     flags = [f"--{name}={value}" for name, value in (SMALL | {"output_dir": folder} | settings).items()]
     if "--config_file" not in launcher and launcher != ONE:
@@ -41,9 +43,21 @@ def launch(scenario: str, folder: Path, *, launcher: tuple = ("--num_processes",
     if "--main_process_port" not in launcher:
         launcher = ("--main_process_port", "0", *launcher)
     command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", *launcher, __file__, scenario]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"} | (env or {})
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    return subprocess.Popen([*command, *flags], env=environment, text=True, encoding="utf-8", **pipes)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "encoding": "utf-8"}
+    return subprocess.Popen([*command, *flags], env=os.environ | {"OMP_NUM_THREADS": "1"}, **pipes)
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def launch_machines(scenario: str, folder: Path, **settings) -> list[subprocess.Popen]:
+    """Two launchers that meet at an address, as on two machines, with the folders FOLDER-0 and FOLDER-1."""
+    common = ("--num_machines", "2", "--num_processes", "2", "--main_process_ip", "127.0.0.1")
+    common += ("--main_process_port", str(free_port()), "--machine_rank")
+    return [launch(scenario, Path(f"{folder}-{n}"), launcher=(*common, str(n)), **settings) for n in (0, 1)]
 
 
 def finished(process: subprocess.Popen, timeout: float = 300) -> subprocess.CompletedProcess:
@@ -57,10 +71,10 @@ def finished(process: subprocess.Popen, timeout: float = 300) -> subprocess.Comp
     return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
 
-def rows_of(folder: Path, name: str = "metrics.jsonl") -> list[dict]:
-    """The rows of a run, without times."""
-    rows = [json.loads(line) for line in (folder / name).read_text(encoding="utf-8").splitlines()]
-    return [{key: value for key, value in row.items() if not key.startswith("time/")} for row in rows]
+def succeeded(process: subprocess.Popen, timeout: float = 300) -> subprocess.CompletedProcess:
+    result = finished(process, timeout)
+    assert result.returncode == 0, result.stderr[-3000:]
+    return result
 
 
 # --- what happens ---------------------------------------------------------------------------------------------------
@@ -81,23 +95,14 @@ def watch() -> None:
     train_rl.average_gradients = watching
 
 
-TROUBLE = {  # by step, counted from 1: what happens to the step's second group
-    2: "identical",
-    3: "empty",
-    4: "no region",
-    5: "one token",
-    6: "reward nan",
-    7: "loss inf",
-    8: "reward inf",
-}
-
-
+# By step, counted from 1: what happens to the step's second group.
+TROUBLE = {2: "identical", 3: "empty", 4: "no region", 5: "one token", 6: "reward nan", 7: "loss inf", 8: "reward inf"}
 NO_GRADIENT = 9  # the step in which the second process has no gradient at all
 
 
 def trouble() -> None:
     """A second group in every step of TROUBLE that is not as others are."""
-    average = train_rl.average_gradients
+    average, state = train_rl.average_gradients, {}
 
     def averaging(parameters, accelerator):
         if RANK == 1 and state["step"] == NO_GRADIENT:
@@ -108,7 +113,7 @@ def trouble() -> None:
     train_rl.average_gradients = averaging
     watch()
     sample, score, loss = train_rl.sample_groups, train_rl.score_statistics, train_rl.grpo_loss
-    step, state = train_rl.train_step, {}
+    step = train_rl.train_step
 
     def numbered(*arguments):
         state["step"] = arguments[4] + 1
@@ -116,35 +121,48 @@ def trouble() -> None:
 
     def sampled(model, processor, batch, **options):
         groups = sample(model, processor, batch, **options)
-        end = processor.tokenizer.eos_token_id
         for number, group in enumerate(groups, RANK * len(groups)):
-            group.trouble = TROUBLE.get(state["step"]) if number == 1 else None
-            if group.trouble == "identical":
-                first = group.completions[0]
-                group.completions, group.texts = [first] * len(group.texts), [group.texts[0]] * len(group.texts)
-                group.truncated = [group.truncated[0]] * len(group.texts)
-            if group.trouble == "empty":
-                group.completions, group.texts = [torch.tensor([end])] * len(group.texts), [""] * len(group.texts)
-                group.truncated = [False] * len(group.texts)
-            if group.trouble == "one token":  # beside a group of whole completions
-                group.completions = [completion[:1] for completion in group.completions]
-                group.truncated = [True] * len(group.texts)
-            if group.trouble == "no region":
+            name, size = TROUBLE.get(state["step"]) if number == 1 else None, len(group.texts)
+            group.example, ids = group.example | {"trouble": name}, group.completions
+            if name == "identical":
+                group.completions, group.texts = ids[:1] * size, group.texts[:1] * size
+                group.truncated = group.truncated[:1] * size
+            elif name == "empty":
+                eos = torch.tensor([processor.tokenizer.eos_token_id])
+                group.completions, group.texts, group.truncated = [eos] * size, [""] * size, [False] * size
+            elif name == "one token":  # beside a group of whole completions
+                group.completions, group.truncated = [completion[:1] for completion in ids], [True] * size
+            elif name == "no region":
                 group.prompt.coverage.zero_()
         return groups
 
     def scored(group, config):
-        scores, state["group"] = score(group, config), group
-        if group.trouble and group.trouble.startswith("reward"):
-            scores["total"][0] = float(group.trouble.split()[1])
+        scores, state["trouble"] = score(group, config), group.example["trouble"] or ""
+        if state["trouble"].startswith("reward"):
+            scores["total"][0] = float(state["trouble"].split()[1])
         return scores
 
     def lost(*arguments, **options):
         value, stats = loss(*arguments, **options)
-        return value + (float("inf") if state["group"].trouble == "loss inf" else 0.0), stats  # its gradient is finite
+        return value + (float("inf") if state["trouble"] == "loss inf" else 0.0), stats  # its gradient is finite
 
     train_rl.train_step, train_rl.sample_groups = numbered, sampled
     train_rl.score_statistics, train_rl.grpo_loss = scored, lost
+
+
+def break_gradients(places) -> list[str]:
+    """Make the gradients of the examples at these places of the stream infinite (seed 0, 20 scenes); their ids."""
+    statistics, scenes = train_rl.group_statistics, train_rl.load_examples("scenes", limit=20)
+    ids = [scenes[train_rl.example_index(0, place, 20)]["id"] for place in places]
+
+    def breaking(model, group, *more):
+        result = statistics(model, group, *more)
+        if group.example["id"] in ids:
+            result.logps[0].register_hook(lambda gradient: gradient * float("inf"))
+        return result
+
+    train_rl.group_statistics = breaking
+    return ids
 
 
 def in_step(number: int, process: int, action) -> None:
@@ -162,12 +180,11 @@ def in_step(number: int, process: int, action) -> None:
     train_rl.train_step = stepping
 
 
-def fail(_) -> None:
-    raise RuntimeError("this process fails")
+def raising(error: Exception):
+    def action(*_, **__):
+        raise error
 
-
-def mistake(_) -> None:
-    raise ConfigError("this process has a problem")
+    return action
 
 
 def drift(model) -> None:
@@ -178,12 +195,7 @@ def drift(model) -> None:
 
 
 def same_mistake() -> None:
-    """A problem that every process finds before training."""
-
-    def loading(*_, **__):
-        raise ConfigError("every process has this problem")
-
-    train_rl.load_examples = loading
+    train_rl.load_examples = raising(ConfigError("every process has this problem"))
 
 
 def bytes_here(model) -> int:
@@ -193,8 +205,7 @@ def bytes_here(model) -> int:
 
 
 def shares() -> None:
-    """Write bytes of weights to shares-RANK.json: the whole model, its layers' frozen ones, what this process holds
-    when it has sampled, and after a step."""
+    """Write shares-RANK.json: bytes of the model, of its layers' frozen weights, and those held here at two times."""
     watch()
     step, sample, sizes = train_rl.train_step, train_rl.sample_groups, {}
 
@@ -209,8 +220,7 @@ def shares() -> None:
         sizes["layers"] = sum(weight.nbytes for weight in layers if not weight.requires_grad)
         sizes["whole"] = sum(weight.nbytes for weight in model.parameters())
         sizes["here"] = bytes_here(model)
-        path = Path(arguments[4].output_dir) / f"shares-{RANK}.json"
-        path.write_text(json.dumps(sizes), encoding="utf-8")
+        (Path(arguments[4].output_dir) / f"shares-{RANK}.json").write_text(json.dumps(sizes))
         return result
 
     train_rl.train_step, train_rl.sample_groups = measured, sampled
@@ -219,13 +229,15 @@ def shares() -> None:
 def shares_without_waiting() -> None:
     """Processes that have finished sampling leave the others alone."""
     processes.TIMEOUT.timeout = timedelta(seconds=20)
-    train_rl.wait_for_forwards = lambda model: None
+    train_rl.sync_forwards = evaluate.sync_forwards = lambda model: None
 
 
 def other_disk() -> None:
     """A second machine, whose disk has nothing of what decides how much is still to be done."""
     if RANK == 1:
-        train_rl.former_evaluations = data.attention_regions.stored_regions = lambda *_: fail("read another disk")
+        for place, name in ((evaluate.BeforeAfter, "_stored"), (attention_regions, "stored_regions")):
+            assert callable(getattr(place, name))
+            setattr(place, name, raising(RuntimeError("read another disk")))
 
 
 def hang() -> None:
@@ -237,8 +249,9 @@ SCENARIOS = {
     "plain": lambda: None,
     "watch": watch,
     "trouble": trouble,
-    "raise": lambda: in_step(2, 1, fail),
-    "mistake": lambda: in_step(2, 1, mistake),
+    "overflow": lambda: break_gradients((3, 5)),  # of the second process, in steps 2 and 3
+    "raise": lambda: in_step(2, 1, raising(RuntimeError("this process fails"))),
+    "mistake": lambda: in_step(2, 1, raising(ConfigError("this process has a problem"))),
     "exit": lambda: in_step(2, 1, lambda _: os._exit(7)),
     "kill": lambda: in_step(2, 1, lambda _: os.kill(os.getpid(), signal.SIGKILL)),
     "hang": hang,

@@ -17,23 +17,14 @@ from transformers.models.internvl.video_processing_internvl import InternVLVideo
 from transformers.models.smolvlm.image_processing_smolvlm import SmolVLMImageProcessor
 from transformers.models.smolvlm.video_processing_smolvlm import SmolVLMVideoProcessor
 
-from config import EMBEDDED_POLICY
+from sayo.run.config import EMBEDDED_POLICY
 
-TEXT = {
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-    "max_position_embeddings": 4096,
-    "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
-    "bos_token_id": None,
-    "pad_token_id": None,
-    "initializer_range": 0.1,
-    "sliding_window": None,
-    "tie_word_embeddings": False,
-}
+TEXT = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "head_dim": 16, "num_attention_heads": 4}
+TEXT |= {"num_key_value_heads": 2, "max_position_embeddings": 4096, "sliding_window": None, "initializer_range": 0.1}
+TEXT |= {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}, "tie_word_embeddings": False}
+TEXT |= {"bos_token_id": None, "pad_token_id": None}
+QWEN_VISION = {"depth": 2, "hidden_size": 32, "intermediate_size": 48, "num_heads": 2, "out_hidden_size": 64}
+VISION = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
 CHAT = """{%- for message in messages -%}
 <|im_start|>{{ message.role }}
 {% for part in message.content %}{% if part.type == 'image' %}IMAGE{% else %}{{ part.text }}{% endif %}{% endfor -%}
@@ -90,8 +81,7 @@ def build_qwen2_5_vl(folder) -> str:
         video_processor=Qwen2VLVideoProcessor(patch_size=14, merge_size=2),
         chat_template=qwen3.chat_template,
     )
-    vision = {"depth": 2, "hidden_size": 32, "intermediate_size": 48, "num_heads": 2, "out_hidden_size": 64}
-    vision |= {"patch_size": 14, "spatial_merge_size": 2, "window_size": 56, "fullatt_block_indexes": [1]}
+    vision = QWEN_VISION | {"patch_size": 14, "spatial_merge_size": 2, "window_size": 56, "fullatt_block_indexes": [1]}
     rope = TEXT["rope_parameters"] | {"mrope_section": [2, 3, 3]}
     config = {"model_type": "qwen2_5_vl", "text_config": {"rope_parameters": rope}, "vision_config": vision}
     return _save(config | _qwen_ids(qwen3.tokenizer), processor, folder)
@@ -100,8 +90,7 @@ def build_qwen2_5_vl(folder) -> str:
 def build_qwen3_5(folder) -> str:
     """Three layers of linear attention and one of softmax attention, as in the released models."""
     processor = AutoProcessor.from_pretrained(EMBEDDED_POLICY)
-    vision = {"depth": 2, "hidden_size": 32, "intermediate_size": 48, "num_heads": 2, "out_hidden_size": 64}
-    vision |= {"patch_size": 16, "spatial_merge_size": 2, "num_position_embeddings": 16**2}
+    vision = QWEN_VISION | {"patch_size": 16, "spatial_merge_size": 2, "num_position_embeddings": 16**2}
     rope = TEXT["rope_parameters"] | {"mrope_section": [1, 1, 0], "partial_rotary_factor": 0.25}
     linear = {"linear_key_head_dim": 16, "linear_value_head_dim": 16, "linear_num_key_heads": 2}
     text = {"num_hidden_layers": 4, "rope_parameters": rope, "linear_num_value_heads": 4} | linear
@@ -123,8 +112,7 @@ def build_internvl(folder) -> str:
         image_seq_length=9,
         chat_template=CHAT.replace("IMAGE", "<IMG_CONTEXT>\n"),
     )
-    vision = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
-    vision |= {"image_size": [84, 84], "patch_size": [14, 14]}
+    vision = VISION | {"image_size": [84, 84], "patch_size": [14, 14]}
     config = {"model_type": "internvl", "text_config": {"model_type": "qwen3"}, "vision_config": vision}
     config |= {"image_seq_length": 9, "image_token_id": tokenizer.convert_tokens_to_ids("<IMG_CONTEXT>")}
     return _save(config | {"tie_word_embeddings": False}, processor, folder)
@@ -149,8 +137,7 @@ def build_smolvlm(folder, tile: int = 64, patch: int = 8, scale_factor: int = 2)
         image_seq_len=num_tokens,
         chat_template=CHAT.replace("IMAGE", "<image>"),
     )
-    vision = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
-    vision |= {"image_size": tile, "patch_size": patch}
+    vision = VISION | {"image_size": tile, "patch_size": patch}
     config = {"model_type": "smolvlm", "text_config": {"model_type": "llama"}, "vision_config": vision}
     config |= {"scale_factor": scale_factor, "image_token_id": tokenizer.convert_tokens_to_ids("<image>")}
     return _save(config, processor, folder)
@@ -161,10 +148,5 @@ def build_smolvlm_2b(folder) -> str:
     return build_smolvlm(folder, tile=83, patch=3, scale_factor=3)
 
 
-BUILDERS = {
-    "qwen2_5_vl": build_qwen2_5_vl,
-    "qwen3_5": build_qwen3_5,
-    "internvl": build_internvl,
-    "smolvlm": build_smolvlm,
-    "smolvlm_2b": build_smolvlm_2b,
-}
+BUILDERS = {"qwen2_5_vl": build_qwen2_5_vl, "qwen3_5": build_qwen3_5, "internvl": build_internvl}
+BUILDERS |= {"smolvlm": build_smolvlm, "smolvlm_2b": build_smolvlm_2b}

@@ -1,0 +1,431 @@
+"""The folder of a training run: who may start or resume in it, its rows and checkpoints, and a full disk.
+
+config.yaml holds the settings of the run, run.json what they led to (examples, model, number format, versions): a run
+is not resumed with other examples under the same name. Rows that a full disk refuses are buffered, a failed checkpoint
+is retried after the next step, and final files are retried with back-off before the run stops with instructions.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import yaml
+from accelerate.utils import set_seed
+from filelock import FileLock, Timeout
+from safetensors import SafetensorError
+from tqdm import tqdm
+
+from sayo.run.card import write_model_card
+from sayo.run.files import (
+    all_checkpoints,
+    checkpoint_bytes,
+    drop_old,
+    keep_steps_until,
+    remove_leftovers,
+    save_checkpoint,
+    save_final_adapter,
+    step_of,
+    stored_json,
+    whole_checkpoint,
+    write_whole,
+)
+from sayo.run.metrics import show_step
+from sayo.run.processes import check_same_weights, read_by_main
+from sayo.run.provenance import built_from, check_built_from
+from sayo.run.stopping import Stopped, StopSignals
+from sayo.settings import ConfigError, stored_config
+
+MAY_CHANGE = ("max_steps", "save_steps", "save_total_limit", "resume", "report_to", "sampling_tokens", "output_dir")
+MAY_CHANGE += ("max_skipped_steps", "plan", "memory_gb", "try_biggest", "allowed_folders", "regions_folder")
+WHEN_EXAMPLES_ARE_THE_SAME = ("data", "eval_data")  # data may be moved, to another disk of another machine
+FILES = ("metrics.jsonl", "samples.jsonl")
+PATIENCE = 60  # seconds for a process that was asked to stop, or whose launcher is gone, to save and end
+ERRORS = (OSError, RuntimeError, SafetensorError)  # of a disk: torch.save and safetensors have their own
+WAITS = (2, 10, 30, 60)  # seconds between attempts to write a final file
+HOW_TO_WATCH = (
+    "A GRPO loss hovers around zero: advantages of a group add up to zero and the ratio starts at 1, so it is\n"
+    "its gradient that counts, not its value. Watch the rewards, TAS, KL and advantage shares instead."
+)
+
+
+class RowFile:
+    """A JSONL file that rows are appended to. What a full disk refuses is kept, and written when there is space."""
+
+    def __init__(self, path: Path):
+        self._file = open(path, "ab", buffering=0)
+        self._size, self._pending = self._file.seek(0, os.SEEK_END), b""
+
+    def add(self, row: dict) -> None:
+        self._pending += (json.dumps(row, ensure_ascii=False) + "\n").encode()
+
+    def write(self) -> None:
+        """Append what is pending.
+
+        Raises:
+            OSError: it could not be; the next attempt begins with what half a line it left.
+        """
+        if os.fstat(self._file.fileno()).st_size > self._size:
+            self._file.truncate(self._size)
+        rest = memoryview(self._pending)
+        while rest:
+            rest = rest[self._file.write(rest) :]
+        self._size, self._pending = self._size + len(self._pending), b""
+
+    def sync(self) -> None:
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        self._file.close()
+
+
+@dataclass
+class Run:
+    """An opened run folder, and what a training loop does with it.
+
+    checkpoint   what to resume from, or None: step 0
+    finished     whether all its steps were done and everything was written
+    former       run.json of the run that is resumed, {} for a new one
+    """
+
+    config: object  # train_rl.Config
+    accelerator: object
+    stop: StopSignals
+    checkpoint: Path | None = None
+    finished: bool = False
+    former: dict = field(default_factory=dict)
+    rows: dict[str, RowFile] = field(default_factory=dict)
+    inputs: dict = field(default_factory=dict)  # what run.json will say
+    notes: list[str] = field(default_factory=list)  # for the screen, when the run begins
+    warned: set[str] = field(default_factory=set)
+    first_step: int = 0
+    is_due: bool = False  # a checkpoint; one that could not be saved stays due
+    lock: FileLock | None = None
+    progress: tqdm | None = None
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.config.output_dir)
+
+    def hold(self) -> None:
+        """Keep others out as long as this process lives: a launcher that is killed leaves its child at work."""
+        if self.lock is not None:
+            return
+        lock = FileLock(self.folder / ".lock")
+        busy = f"another process is at work in {str(self.folder)!r}"
+        try:
+            try:
+                lock.acquire(timeout=0)
+            except Timeout:
+                print(f"output_dir: {busy}; waiting {PATIENCE} s for its end")
+                lock.acquire(timeout=PATIENCE, poll_interval=0.2)
+        except Timeout as error:
+            raise ConfigError(
+                f"output_dir={str(self.folder)!r}: another process is at work in it, which may be one whose launcher "
+                "was killed; wait for it, or end it"
+            ) from error
+        except (OSError, NotImplementedError):
+            return  # a file system without locks, or one that takes nothing, which is said next
+        self.lock = lock
+
+    # --- before the first step ---
+
+    def check_inputs(self, examples, held_out, model) -> None:
+        """Note what the run is built from; ConfigError where a resumed one began with something else."""
+        self.inputs = built_from(self.config, examples, held_out, model, self.accelerator)
+        self.notes += check_built_from(self.former, self.config, self.inputs)
+
+    def begin(self, state, examples, notes: Sequence[str]) -> None:
+        """Make the folder ready: settings, inputs, and rows up to the step that the run resumes from. ConfigError where
+        it cannot be written to or has no space for a checkpoint."""
+        self.first_step = self.stop.last_step = state.step
+        self.notes += check_space(self.config, self.folder, state.parameters, state.step) + list(notes)
+        state.optimizer.register_step_pre_hook(self.stop.defer)  # a step is abandoned before its first update, or done
+        self.accelerator.wait_for_everyone()  # every process has read the checkpoint before one of them writes
+        if not self.accelerator.is_main_process:
+            return
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self.hold()
+            settings = yaml.safe_dump(asdict(self.config), sort_keys=False, allow_unicode=True)
+            write_whole(self.folder / "config.yaml", settings)
+            write_whole(self.folder / "run.json", json.dumps(self.inputs, indent=1))
+            for name in FILES:
+                kept = keep_steps_until(self.folder / name, state.step)
+                if missing := sorted(set(range(1, state.step + 1)) - set(kept)):
+                    print(f"resume: {name} lacks {len(missing)} steps before {state.step}, the first is {missing[0]}")
+                self.rows[name] = RowFile(self.folder / name)
+        except OSError as error:
+            raise ConfigError(f"output_dir={self.config.output_dir!r} cannot be written to: {error}") from error
+        known = {name: value for name, value in asdict(self.config).items() if isinstance(value, int | float | str)}
+        self.accelerator.init_trackers("sayo", config=known)
+        trained, processes = sum(p.numel() for p in state.parameters), self.accelerator.num_processes
+        print(
+            f"{len(examples)} examples of {self.config.data}; {trained:,} trained parameters; "
+            f"{processes} process{'es' * (processes > 1)}"
+        )
+        print(*self.notes, *(f"skipped {message}" for message in examples.skipped), HOW_TO_WATCH, sep="\n")
+
+    def check_same_weights(self, model) -> None:
+        """Raises ConfigError when the processes' trained weights differ."""
+        step = self.stop.last_step
+        check_same_weights(model, self.accelerator, f"after step {step}" if step > self.first_step else "at the start")
+
+    # --- the loop ---
+
+    def steps(self, state) -> Iterator[int]:
+        """The steps that are left, under a progress bar and with seeded random numbers, until a signal asks to stop.
+
+        Raises:
+            ConfigError: the gradient was not finite in max_skipped_steps steps in a row.
+        """
+        config, accelerator = self.config, self.accelerator
+        interval = 0.1 if sys.stderr.isatty() else 15
+        bar = {"desc": "train", "unit": "step", "mininterval": interval, "disable": not accelerator.is_main_process}
+        with tqdm(range(state.step, config.max_steps), **bar) as self.progress:
+            for step in self.progress:
+                set_seed(step_seed(config.seed, step, accelerator.process_index))
+                yield step
+                if state.skipped_in_a_row >= config.max_skipped_steps:
+                    raise ConfigError(
+                        f"max_skipped_steps={config.max_skipped_steps}: the gradient was not finite in so many steps "
+                        f"in a row, the last one step {step + 1}; lower learning_rate (now {config.learning_rate}) or "
+                        "give --dtype bfloat16 or float32; the last checkpoint is untouched"
+                    )
+                if self.stop.any_process_stopped(accelerator):
+                    return
+
+    @contextmanager
+    def interruptible(self, state) -> Iterator[None]:
+        """Inside the block a signal abandons the step by Stopped, until its first update begins.
+
+        Of several processes none abandons a step: they finish it and agree at its end.
+        """
+        scale = state.scaler.state_dict()
+        try:
+            with self.stop.interruptible(self.accelerator.num_processes == 1):
+                yield
+        except Stopped:
+            if state.scaler.is_enabled():
+                state.scaler.load_state_dict(scale)
+            raise
+
+    def log(self, metrics: dict, sample: dict) -> None:
+        """Append a step's rows and show it. Rows that the disk refuses wait in memory."""
+        self.stop.last_step = step = metrics["step"]
+        if not self.accelerator.is_main_process:
+            return
+        for name, row in zip(FILES, (metrics, {"step": step} | sample), strict=True):
+            self.rows[name].add(row)
+            try:
+                self.rows[name].write()
+            except OSError as error:
+                tqdm.write(f"step {step}: {name} could not be written ({error}); its rows wait in memory")
+        show_step(metrics, sample, self.progress, self.accelerator, self.warned)
+
+    def save(self, model, state) -> None:
+        """Save a checkpoint when one is due; one that the disk refuses is due again after the next step."""
+        if state.step % self.config.save_steps == 0:
+            self.check_same_weights(model)
+            self.is_due = True
+        if not self.is_due or state.step >= self.config.max_steps or not self.accelerator.is_main_process:
+            return
+        try:
+            self._save(model, state)
+            self.is_due = False
+        except ERRORS as error:
+            again = "it is tried again after the next step"
+            tqdm.write(f"step {state.step}: the checkpoint could not be saved ({_words(error)}); {again}")
+
+    def _save(self, model, state) -> None:
+        for file in self.rows.values():
+            file.write()
+            file.sync()
+        newest = save_checkpoint(self.folder, state.step, model, state.parts(), state.skipped_in_a_row)
+        try:
+            drop_old(self.folder, newest, self.config.save_total_limit)
+        except OSError as error:  # the new one stands: to save it again would make the disk no emptier
+            tqdm.write(f"step {state.step}: an old checkpoint could not be deleted ({error})")
+
+    # --- behind the last step ---
+
+    def save_last(self, model, state) -> None:
+        """Save the last checkpoint; after a signal end here by Stopped, else write adapter and curves."""
+        self.check_same_weights(model)
+        if self.accelerator.is_main_process and state.step > self.first_step:
+            self.write_with_retries(f"the checkpoint of step {state.step}", lambda: self._save(model, state))
+        self.accelerator.wait_for_everyone()
+        if self.stop.number:
+            self.accelerator.end_training()
+        self.stop.raise_if_stopped()
+        if self.accelerator.is_main_process:
+            self.write_with_retries("adapter", lambda: save_final_adapter(self.folder, model))
+            self.write_with_retries("curves.png", lambda: draw_curves(self.folder))
+
+    def finish(self, columns: dict, examples, held_out) -> None:
+        """Write the model card and mark the run finished. columns: of the evaluations, {} without any."""
+        if self.accelerator.is_main_process:
+            counts = {"num_evaluated": len(held_out or ()), "num_examples": len(examples)}
+            card = (self.folder, self.config, columns, self.config.evaluated_data)
+            self.write_with_retries("the model card", lambda: write_model_card(*card, **counts))
+            done = json.dumps(self.inputs | {"finished": self.config.max_steps}, indent=1)
+            self.write_with_retries("run.json", lambda: write_whole(self.folder / "run.json", done))
+            print(f"adapter, metrics, samples and curves.png -> {self.folder}")
+        self.accelerator.end_training()
+
+    def write_with_retries(self, what: str, write: Callable[[], None]) -> None:
+        """Write a final file in several attempts; ConfigError with the checkpoint to resume from if none succeeds."""
+        for wait in (*WAITS, None):
+            try:
+                return write()
+            except ERRORS as error:
+                if wait is None:
+                    newest = whole_checkpoint(self.folder)[0]
+                    raise ConfigError(
+                        f"{what} could not be written to {str(self.folder)!r}: {_words(error)}. Free some space there "
+                        f"and give --resume, which begins at {newest or 'step 0'}"
+                    ) from error
+                tqdm.write(f"{what} could not be written ({_words(error)}); again in {wait} s")
+                time.sleep(wait)
+
+
+def _words(error: Exception) -> str:
+    return str(error).partition("\n")[0][:200] or type(error).__name__
+
+
+def step_seed(seed: int, step: int, process: int) -> int:
+    """Seed of Python's, numpy's and torch's own random numbers in a step: nothing here draws from them, but a change
+    of yours may (a dropout, an augmentation), and is resumed exactly all the same."""
+    return random.Random(f"{seed}/step/{step}/{process}").getrandbits(32)
+
+
+def draw_curves(output_dir: Path) -> None:
+    """Draw curves.png of a run."""
+    from sayo.show.plots import plot_curves  # matplotlib: not when a script is imported
+
+    aside = output_dir / "curves.partial.png"
+    plot_curves(output_dir / "metrics.jsonl", aside)
+    aside.replace(output_dir / "curves.png")
+
+
+# --- opening it -------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def open_run(config, accelerator, stop: StopSignals) -> Iterator[Run]:
+    """Look at config.output_dir and hold it; no run is begun in it yet. The main process looks, and tells the others.
+
+    Raises:
+        ConfigError: output_dir cannot be written to, is another process's, holds a run that is not to be resumed; or
+            settings that a resumed run must keep are not the same.
+    """
+    run = Run(config, accelerator, stop)
+    try:
+        run.checkpoint, run.finished, run.former = read_by_main(lambda: _look(run), accelerator.is_main_process)
+        yield run
+    finally:
+        for file in run.rows.values():
+            file.close()
+        if run.lock is not None:
+            run.lock.release()
+
+
+def _look(run: Run) -> tuple[Path | None, bool, dict]:
+    """(checkpoint, finished, former) of the run."""
+    config, former = run.config, run.folder / "config.yaml"
+    has_run = former.exists() or any(all_checkpoints(run.folder))
+    if has_run and not config.resume:
+        raise ConfigError(
+            f"output_dir={config.output_dir!r} holds a run already: add --resume to continue it, give another "
+            "--output_dir, or delete the folder"
+        )
+    if run.folder.exists():
+        run.hold()
+        with suppress(OSError):  # of a disk that takes nothing: that is said next
+            remove_leftovers(run.folder)  # first, since they may be what fills it
+    existing = next(path for path in (run.folder, *run.folder.absolute().parents) if path.exists())
+    for place in {existing, *(folder for folder in (run.folder / "checkpoints",) if folder.exists())}:
+        try:
+            with tempfile.TemporaryFile(dir=place) as file:
+                file.write(b"x" * 4096)
+        except OSError as error:
+            raise ConfigError(
+                f"output_dir={config.output_dir!r}: {str(place)!r} is no folder that can be written to: {error}"
+            ) from error
+    if not config.resume:
+        return None, False, {}
+    if not former.exists():
+        if has_run:
+            raise ConfigError(f"resume: {config.output_dir!r} holds checkpoints, but no config.yaml of their run")
+        print(f"resume: {config.output_dir!r} holds no run yet: it starts at step 0")
+        return None, False, {}
+    made = stored_json(run.folder / "run.json")  # without it, nothing can be compared
+    made = made if isinstance(made, dict) else {}
+    _compare_settings(former, made, config)
+    if _is_finished(run.folder, made, config):
+        print(
+            f"resume: the run in {config.output_dir!r} is finished, at step {config.max_steps}; give more --max_steps"
+        )
+        return None, True, made
+    checkpoint, passed_over = whole_checkpoint(run.folder)
+    print("".join(f"resume: {sentence}\n" for sentence in passed_over), end="")
+    if checkpoint and step_of(checkpoint) > config.max_steps:
+        raise ConfigError(f"max_steps={config.max_steps}: {checkpoint} is further already; give more")
+    print(f"resume: from {checkpoint}" if checkpoint else "resume: no whole checkpoint, so from step 0")
+    return checkpoint, False, made
+
+
+def _compare_settings(path: Path, made: dict, config) -> None:
+    """Say which settings changed, and refuse those that a run must keep; `made` is its run.json."""
+    before, now = asdict(stored_config(path, type(config))), asdict(config)
+    changed = [name for name in now if name != "resume" and before[name] != now[name]]
+    movable = WHEN_EXAMPLES_ARE_THE_SAME if "examples" in made else ()
+    movable += ("dtype",) if "number_format" in made else ()  # which says what "auto" was
+    refused = [name for name in changed if name not in MAY_CHANGE + movable]
+    if refused:
+        listed = "; ".join(f"{name} was {before[name]!r}, is {now[name]!r}" for name in refused)
+        raise ConfigError(
+            f"resume: {listed}. A resumed run keeps its settings: give --config {path}, and beside it at most "
+            f"{', '.join(MAY_CHANGE)}, or another place of the same data"
+        )
+    for name in changed:
+        shaped = name == "max_steps" and config.lr_scheduler in ("linear", "cosine")
+        more = f"; from here on the {config.lr_scheduler} schedule is that of the new length" if shaped else ""
+        print(f"resume: {name} was {before[name]!r}, is {now[name]!r}{more}")
+
+
+def _is_finished(folder: Path, made: dict, config) -> bool:
+    names = ["adapter/adapter_model.safetensors", "adapter/README.md", "metrics.jsonl", "samples.jsonl", "curves.png"]
+    names += ["evaluation.json"] if made.get("eval_examples") else []
+    return made.get("finished") == config.max_steps and all((folder / name).exists() for name in names)
+
+
+def check_space(config, folder: Path, parameters: Sequence, start: int) -> list[str]:
+    """Whether the checkpoints that are to come fit on the disk; a sentence where they may not.
+
+    Raises:
+        ConfigError: there is no space for a single one beside the final adapter.
+    """
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    one, free = checkpoint_bytes(parameters, config.optimizer), shutil.disk_usage(existing).free
+    due = config.max_steps // config.save_steps - start // config.save_steps
+    due += config.max_steps % config.save_steps > 0
+    count = min(due, (config.save_total_limit or due) + 1)  # the old one goes when the new one stands
+    advice = f"{free / 1e6:,.1f} MB are free in {str(existing)!r}, a checkpoint takes {one / 1e6:,.1f} MB"
+    if start < config.max_steps and free < 2 * one:
+        raise ConfigError(f"output_dir={config.output_dir!r}: {advice}, and the final adapter comes on top; free some")
+    if free >= (count + 1) * one:
+        return []
+    return [
+        f"output_dir: {advice}, and {count} of them are to come: raise save_steps (now {config.save_steps}) or give "
+        "--save_total_limit 2"
+    ]

@@ -1,0 +1,317 @@
+"""The answer check as a table, each case with its reason; what has no answer."""
+
+import pytest
+
+from sayo.examples.checks import check_row
+from sayo.examples.pictures import DataError, DataFolder
+from sayo.grader import grader
+from sayo.grader.grader import ANSWER_TYPES, choice_labels, clean, extract_answer, is_correct, quantity
+from sayo.model.prompts import question_text
+
+PETS = {"answer": "B", "choices": ["cat", "dog", "a cat and a dog", "neither"]}
+NUMBER = {"answer": "3", "answer_type": "number"}
+CHART = {"answer": "200", "answer_type": "relaxed_number"}
+HALF = {"answer": "\\frac{1}{2}", "answer_type": "math"}
+FOUR = {"answer": "4", "answer_type": "math"}
+YES = {"answer": "yes", "answer_type": "yes_no"}
+LETTER = {"answer": "B", "answer_type": "letter"}
+LIST = {"answer": "[red, blue]", "answer_type": "list"}
+POINTS = {"answer": "P'", "choices": ["P'", "P", "Q"]}
+MATH_CHOICES = {"answer": "C", "choices": ["$\\frac{1}{3}$", "$2$", "$\\frac{1}{2}$"], "answer_type": "math"}
+
+CASES = [  # answer, example, whether it is right, why
+    # letters and choices
+    ("B", PETS, True, "the letter"),
+    ("b", PETS, True, "case does not count"),
+    ("(B)", PETS, True, "in parentheses"),
+    ("[B]", PETS, True, "in brackets"),
+    ("B.", PETS, True, "a final period"),
+    ("B)", PETS, True, "as in a list"),
+    ("dog", PETS, True, "the text of the choice"),
+    ("B: dog", PETS, True, "letter and text that agree"),
+    ("(B) dog", PETS, True, "letter and text that agree, in parentheses"),
+    ("B - dog", PETS, True, "letter and text with a dash"),
+    ("dog (B)", PETS, True, "text first"),
+    ("Option B", PETS, True, "the word option"),
+    ("The answer is B.", PETS, True, "a whole sentence that says one letter"),
+    ("The correct answer is (B) dog.", PETS, True, "a sentence with letter and text"),
+    ("A", PETS, False, "another letter"),
+    ("A or B", PETS, False, "hedging"),
+    ("A/B", PETS, False, "hedging with a slash"),
+    ("A, B", PETS, False, "two letters"),
+    ("AB", PETS, False, "two letters without a blank"),
+    ("A and B", PETS, False, "both"),
+    ("B, definitely not A", PETS, False, "more than one choice is named"),
+    ("A. cat B. dog C. a cat and a dog D. neither", PETS, False, "all options listed"),
+    ("A B C D", PETS, False, "all letters listed"),
+    ("(A) or (B)", PETS, False, "hedging in parentheses"),
+    ("not B", PETS, False, "a negation"),
+    ("not A", PETS, False, "a negation of a wrong one names none"),
+    ("The answer is not B", PETS, False, "a negated sentence"),
+    ("B is wrong", PETS, False, "a negation behind the letter"),
+    ("B. cat", PETS, False, "letter and text that disagree"),
+    ("cat (B)", PETS, False, "text and letter that disagree"),
+    ("Option A or option B", PETS, False, "hedging with the word option"),
+    ("dogma", PETS, False, "the option's text inside another word"),
+    ("hotdog", PETS, False, "the option's text at the end of another word"),
+    ("a dog and a cat", PETS, False, "contains the right text, says more"),
+    ("Because it barks, B", PETS, False, "a letter somewhere in a sentence is no answer"),
+    ("BLACK", PETS, False, "a word that begins with the letter; the paper's script takes it"),
+    ("E", PETS, False, "no such choice"),
+    ("2", PETS, False, "a choice has a letter, not a number"),
+    ("\u0412", PETS, False, "a Cyrillic letter that looks like B is not B"),
+    ("\u0392", PETS, False, "nor is a Greek one"),
+    ("\uff22", PETS, True, "a fullwidth B is a B written wide"),
+    ("\u200bB", PETS, True, "a character that is not shown does not count"),
+    ("**B**", PETS, True, "bold"),
+    ("\\boxed{B}", PETS, True, "a box around all of it"),
+    ("\\boxed{A} \\boxed{B}", PETS, False, "two boxes"),
+    ("\\boxed{A} or \\boxed{B}", PETS, False, "two boxes, hedged"),
+    ("$\\text{B}$", PETS, True, "LaTeX around a letter"),
+    ('{"answer": "B"}', PETS, False, "the gold answer's format injected as JSON"),
+    ("answer: B | answer: A", PETS, False, "two answers behind each other's marks"),
+    ("B\nA\nC\nD", PETS, False, "one letter a line"),
+    ("the letter", {"answer": "A", "choices": ["x", "y"]}, False, "an article is not the letter A"),
+    ("A", {"answer": "A", "choices": ["B", "A"]}, True, "a text that is a letter: the text is meant, on both sides"),
+    ("10", {"answer": "B", "choices": ["1", "10", "100"]}, True, "a number among choices"),
+    ("10.0", {"answer": "B", "choices": ["1", "10", "100"]}, True, "a number among choices, written otherwise"),
+    ("1, 10", {"answer": "B", "choices": ["1", "10", "100"]}, False, "two of the numbers"),
+    ("B", {"answer": "C", "choices": ["x", "same", "same"]}, True, "two choices of one text are one answer"),
+    ("kW", {"answer": "A", "choices": ["kW", "KW"]}, True, "choices that differ in case alone: as written"),
+    ("KW", {"answer": "A", "choices": ["kW", "KW"]}, False, "and the other one is another"),
+    ("P'", POINTS, True, "a prime is no quote"),
+    ("'P''", POINTS, True, "a prime in quotes"),
+    ("P", POINTS, False, "and P is another point"),
+    ("B", {"answer": "A", "choices": ["6'", '6"']}, False, "6 inches are not 6 feet"),
+    # text
+    ("Top institutions", {"answer": "top institutions"}, True, "case"),
+    ("the left subplot", {"answer": "left subplot"}, True, "an article in front"),
+    ("“red”", {"answer": "red"}, True, "typographic quotes"),
+    ("case,det", {"answer": "case, det"}, True, "blanks around a comma"),
+    ("det, case", {"answer": "case, det"}, False, "text keeps its order; a list would be answer_type list"),
+    ("(c)", {"answer": "c"}, True, "parentheses around all of it"),
+    ("one\u2011at\u2011a\u2011time", {"answer": "one-at-a-time"}, True, "hyphens that do not break"),
+    ("red blue", {"answer": "red"}, False, "says more"),
+    ("red, blue, green", {"answer": "red"}, False, "lists all colors"),
+    ("infrared", {"answer": "red"}, False, "inside another word"),
+    ("not red", {"answer": "red"}, False, "a negation"),
+    ("12345678902", {"answer": "12345678901"}, False, "long numbers are compared exactly"),
+    ("6", {"answer": "6B"}, False, "a name is not a number"),
+    ("1/2", {"answer": "2/4"}, False, "as text, a slash may be a date"),
+    ("45%", {"answer": "$45"}, False, "another unit"),
+    ("€5", {"answer": "$5"}, False, "another currency"),
+    ("45 dollars", {"answer": "45%"}, False, "another unit, in a word"),
+    ("45", {"answer": "$45"}, True, "the unit left out"),
+    ("45 dollars", {"answer": "$45"}, True, "the same unit in a word"),
+    ("45 %", {"answer": "45"}, True, "a unit that the answer leaves out"),
+    ("6'", {"answer": '6"'}, False, "feet are not inches"),
+    ("3.0", {"answer": "3"}, True, "the same number"),
+    (".5", {"answer": "0.5"}, True, "no leading zero"),
+    # yes and no
+    ("Yes.", YES, True, "case and a period"),
+    ("true", YES, True, "true says yes"),
+    ("no", YES, False, "no"),
+    ("yes and no", YES, False, "both"),
+    ("yes/no", YES, False, "both, with a slash"),
+    ("not yes", YES, False, "a negation"),
+    ("yesterday", YES, False, "inside another word"),
+    ("yes, no", YES, False, "one behind the other"),
+    # numbers
+    ("three", NUMBER, True, "a number word"),
+    ("3.00", NUMBER, True, "zeros behind the point"),
+    ("3 cm", NUMBER, True, "a known unit that the answer leaves out"),
+    ("3%", NUMBER, True, "a percent sign that the answer leaves out"),
+    ("\uff13", NUMBER, True, "a fullwidth digit"),
+    ("\u0663", NUMBER, False, "a digit of another script is not read"),
+    ("3²", NUMBER, False, "a superscript is a power, not the digit 3"),
+    ("3 or 4", NUMBER, False, "hedging"),
+    ("3 four", NUMBER, False, "two numbers, one a word"),
+    ("1 2 3 4", NUMBER, False, "all numbers listed"),
+    ("2-4", NUMBER, False, "a range"),
+    ("about 3 to 4", NUMBER, False, "a range in words"),
+    ("33", NUMBER, False, "contains the digit"),
+    ("-3", NUMBER, False, "the sign counts"),
+    ("\u22123", {"answer": "-3", "answer_type": "number"}, True, "a typographic minus"),
+    ("3 wrong", NUMBER, False, "no unit"),
+    ("1,200", {"answer": "1200", "answer_type": "number"}, True, "thousands with a comma"),
+    ("1 200", {"answer": "1200", "answer_type": "number"}, True, "thousands with a blank"),
+    ("1,20", {"answer": "120", "answer_type": "number"}, False, "no thousands"),
+    ("$1.2 million", {"answer": "1,200,000", "answer_type": "number"}, True, "currency and a scale"),
+    ("0.45", {"answer": "45%", "answer_type": "number"}, True, "the value of a percentage"),
+    ("45", {"answer": "45%", "answer_type": "number"}, True, "its sign left out"),
+    ("45%", {"answer": "0.45", "answer_type": "number"}, True, "a percentage for a value"),
+    ("4.5", {"answer": "45%", "answer_type": "number"}, False, "neither"),
+    ("5 m", {"answer": "5 cm", "answer_type": "number"}, False, "another unit"),
+    ("5 centimeters", {"answer": "5 cm", "answer_type": "number"}, True, "the unit in a word"),
+    ("5", {"answer": "5 apples", "answer_type": "number"}, True, "what is counted left out"),
+    ("5 pears", {"answer": "5 apples", "answer_type": "number"}, False, "something else is counted"),
+    ("1.5e3", {"answer": "1500", "answer_type": "number"}, True, "scientific"),
+    ("1.5 × 10^3", {"answer": "1500", "answer_type": "number"}, True, "scientific, as printed"),
+    ("1/0", NUMBER, False, "no number"),
+    ("inf", NUMBER, False, "no number"),
+    ("nan", {"answer": "nan"}, True, "as text, not as a number"),
+    # ChartQA's tolerance
+    ("209", CHART, True, "4.5 % off"),
+    ("210", CHART, True, "just 5 % off"),
+    ("211", CHART, False, "more than 5 % off"),
+    ("190", CHART, True, "5 % below"),
+    ("189 to 211", CHART, False, "a range around it"),
+    ("209", {"answer": "200"}, False, "no tolerance without the answer type"),
+    ("209", {"answer": "200", "answer_type": "number"}, False, "nor for number"),
+    ("0.01", {"answer": "0", "answer_type": "relaxed_number"}, False, "5 % of zero is zero"),
+    ("-200", CHART, False, "the sign counts"),
+    ("Blues", {"answer": "Blue", "answer_type": "relaxed_number"}, False, "no tolerance for words"),
+    ("blue", {"answer": "Blue", "answer_type": "relaxed_number"}, True, "words as text"),
+    ("2010, 2012", {"answer": "[2010, 2012]", "answer_type": "relaxed_number"}, True, "a list in brackets"),
+    ("45%", {"answer": "$45", "answer_type": "relaxed_number"}, False, "no tolerance for units"),
+    ("45", {"answer": "$45", "answer_type": "relaxed_number"}, True, "the unit left out"),
+    # mathematics
+    ("1/2", HALF, True, "another form"),
+    ("0.5", HALF, True, "as a decimal"),
+    ("\\dfrac{2}{4}", HALF, True, "not reduced"),
+    ("$\\frac12$", HALF, True, "in dollars, without braces"),
+    ("x = \\frac{1}{2}", HALF, True, "named"),
+    ("\\frac{1}{3}", HALF, False, "another value"),
+    ("\\frac{1}{2} or \\frac{1}{3}", HALF, False, "hedging"),
+    ("\\frac{1}{2}, \\frac{1}{3}", HALF, False, "two values"),
+    ("\\pm\\frac{1}{2}", HALF, False, "two values in one sign"),
+    ("$1/3$ $1/2$", HALF, False, "two formulas, of which a parser may take the last"),
+    ("\\{3, 4\\}", FOUR, False, "a set that holds it"),
+    ("3 = 4", FOUR, False, "an equation that ends in it"),
+    ("1 = 2 = 3 = 4", FOUR, False, "a chain that ends in it"),
+    ("x < 5", FOUR, False, "an inequality that it fulfils"),
+    ("not = 4", FOUR, False, "a negation dressed as a name"),
+    ("4^\\circ", FOUR, True, "degrees that the answer leaves out"),
+    ("4\\text{ cm}", FOUR, True, "a unit in LaTeX"),
+    ("2\\sqrt{3}", {"answer": "\\sqrt{12}", "answer_type": "math"}, True, "roots"),
+    ("(2,1)", {"answer": "(1,2)", "answer_type": "math"}, False, "a point keeps its order"),
+    ("(x+1)^2", {"answer": "x^2+2x+1", "answer_type": "math"}, True, "an expression"),
+    ("__import__('os').getcwd()", FOUR, False, "nothing is evaluated"),
+    ("a b", {"answer": "b", "answer_type": "math"}, False, "a product, not an article"),
+    ("n", {"answer": "N", "answer_type": "math"}, False, "letters have their case"),
+    ("f", {"answer": "f'", "answer_type": "math"}, False, "a derivative is another function"),
+    ("$f^{\\prime}$", {"answer": "f'", "answer_type": "math"}, True, "a prime in LaTeX"),
+    ("12 m", {"answer": "12 cm", "answer_type": "math"}, False, "another unit"),
+    ("12", {"answer": "12 cm", "answer_type": "math"}, True, "the unit left out"),
+    ("even", {"answer": "Even", "answer_type": "math"}, True, "a word has no case"),
+    ("an even number", {"answer": "even number", "answer_type": "math"}, True, "words may have an article"),
+    ("C", MATH_CHOICES, True, "beside choices, the letter"),
+    ("0.5", MATH_CHOICES, True, "beside choices, the value"),
+    ("0.4", MATH_CHOICES, False, "no choice has this value"),
+    # a letter alone, and lists
+    ("(b)", LETTER, True, "in parentheses"),
+    ("B. dog", LETTER, False, "what the choices say is not known: only the letter counts"),
+    ("A or B", LETTER, False, "hedging"),
+    ("ABCD", LETTER, False, "all of them"),
+    ("blue and red", LIST, True, "in any order"),
+    ("red", LIST, False, "one of two"),
+    ("red, blue, green", LIST, False, "one too many"),
+    ("red, red, blue", LIST, False, "one twice"),
+]
+
+
+@pytest.mark.parametrize(("answer", "example", "expected", "reason"), CASES)
+def test_is_correct(answer, example, expected, reason):
+    assert is_correct(f"I look. <answer>{answer}</answer>", example) is expected, reason
+
+
+WHOLE_TEXTS = [
+    ("The answer is B. <answer>A</answer>", False, "right in the reasoning alone"),
+    ("B", False, "no answer block"),
+    ("", False, "nothing"),
+    ("<answer></answer>", False, "an empty block"),
+    ("<answer> \n </answer>", False, "a blank block"),
+    ("<answer>.</answer>", False, "a block of punctuation"),
+    ("<answer>\u200b</answer>", False, "a block of what is not shown"),
+    ("<answer>B</answer> <answer>A</answer>", False, "several blocks, the first right"),
+    ("<answer>A</answer> <answer>B</answer>", False, "several blocks, the last right"),
+    ("<answer>B</answer></answer>", False, "closed twice"),
+    ("</answer>B<answer>", False, "the wrong way round"),
+    ("<answer><answer>B</answer></answer>", False, "nested"),
+    ("<answer>B", False, "never closed"),
+    ("<answer>A</answer> B</answer>", False, "a second end behind the gold answer"),
+    ("\uff1canswer\uff1eB\uff1c/answer\uff1e", False, "fullwidth tags are no tags"),
+    ("x" * 100_000 + "<answer>B</answer>", True, "long reasoning"),
+    ("<answer>" + "B " * 5_000 + "</answer>", False, "a very long answer"),
+    ("<answer>B" + " " * 300 + "</answer>", True, "blanks around it are no length"),
+]
+
+
+@pytest.mark.parametrize(("text", "expected", "reason"), WHOLE_TEXTS)
+def test_whole_texts(text, expected, reason):
+    assert is_correct(text, PETS) is expected, reason
+
+
+def test_every_example_is_valid_and_its_own_answer_right(tmp_path):
+    assert len(CASES) + len(WHOLE_TEXTS) >= 80
+    assert {example.get("answer_type") for _, example, _, _ in CASES} >= set(ANSWER_TYPES) - {"text"} | {None}
+    for _, example, _, reason in CASES:
+        gold = example["answer"]
+        assert is_correct(f"I look. <answer>{gold}</answer>", example), (gold, reason)
+        assert check_row({"image": "a.png", "question": "?"} | example, DataFolder(tmp_path))["answer"] == gold
+
+
+QUANTITIES = [
+    ("1,200.50", (1200.5, "")), ("$45", (45, "$")), ("-$45", (-45, "$")), ("45 usd", (45, "$")), ("3 km", (3, "km")),
+    ("3 kilometers", (3, "km")), ("2.5 million people", (2500000, "people")), ("twelve", (12, "")), ("3/4", (0.75, "")),
+    *[(text, None) for text in ("1,2", "1,2345", "three or four", "", "-", "--3")],
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("text", "expected"), QUANTITIES)
+def test_quantity(text, expected):
+    assert quantity(text) == expected
+
+
+def test_clean_takes_wrappers_off_until_none_is_left():
+    assert clean(' **The answer is: "$\\boxed{\\text{Two  words}}$".** ') == "Two words"
+    assert clean("'5.'") == "5" and clean("...") == "" and clean("$45") == "$45" and clean("```cat```") == "cat"
+
+
+def test_a_number_names_the_choice_with_its_unit_and_none_where_several_could_be_meant():
+    cases = [("5 5%", "5 %", ["5%"]), ("$50 50%", "50 %", ["50%"]), ("$50 60", "50", ["$50"]), ("$50 50%", "50", [])]
+    for texts, answer, expected in cases:
+        examples = [{"answer": gold, "choices": texts.split()} for gold in texts.split()]
+        right = [example["answer"] for example in examples if is_correct(f"<answer>{answer}</answer>", example)]
+        assert right == expected
+
+
+def test_choices_of_a_dictionary_of_yours_may_be_numbers():
+    for answer in ("1,000", "A", "A. 1000"):
+        assert is_correct(f"<answer>{answer}</answer>", {"answer": 1000, "choices": [1000, 4]}), answer
+
+
+def test_choices_that_are_letters_are_numbered():
+    """Of D, B, A, C an answer A was the third, also where a model meant the first by it."""
+    example = {"question": "Which part?", "answer": "D", "choices": ["D", "B", "A", "C"]}
+    assert question_text(example).splitlines() == ["Which part?", "1. D", "2. B", "3. A", "4. C"]
+    for answer, expected in (("D", True), ("1", True), ("(1) D", True), ("D (1)", True), ("A", False), ("3", False)):
+        assert is_correct(f"<answer>{answer}</answer>", example) is expected, answer
+    for answer in ("C", "3", "none", "3. none"):  # gold may be a letter that is no text
+        assert is_correct(f"<answer>{answer}</answer>", {"answer": "C", "choices": ["B", "A", "none"]}), answer
+    assert choice_labels(["A", "b", "C"]) == ["A", "B", "C"], "no letter means another one"
+    assert choice_labels(["B", "A", "2"]) == ["A", "B", "C"], "numbers would be no better"
+    assert choice_labels(["red", "AB", ""]) == ["A", "B", "C"] and choice_labels([]) == []
+
+
+def test_the_reward_uses_this_very_check():
+    import reward
+
+    assert reward.is_correct is grader.is_correct and reward.extract_answer is extract_answer
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        *[({"answer": answer}, "nothing that could be compared") for answer in ("...", '""', "\u200b", "$.$")],
+        ({"answer": "1", "answer_type": "numeric"}, "answer_type is 'numeric'; write one of text, yes_no, number"),
+        ({"answer": "1", "answer_type": 3}, "answer_type is 3; write one of"),
+        ({"answer": "maybe", "answer_type": "yes_no"}, "answer 'maybe' has answer_type yes_no; write yes or no"),
+        ({"answer": "3 or 4", "answer_type": "number"}, "answer '3 or 4' has answer_type number; write one number"),
+        ({"answer": "AB", "answer_type": "letter"}, "answer 'AB' has answer_type letter; write one letter"),
+        ({"answer": "A", "choices": ["x", "y"], "answer_type": "text"}, "given beside choices"),
+    ],
+)
+def test_an_answer_type_that_does_not_fit_is_named(row, message, tmp_path):
+    with pytest.raises(DataError, match=message):
+        check_row({"image": "a.png", "question": "?"} | row, DataFolder(tmp_path))

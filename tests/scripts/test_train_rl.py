@@ -1,0 +1,305 @@
+"""GRPO: the loss against TRL, the loop against itself: same seed, same metrics; stopped and resumed, the same too."""
+
+import json
+import math
+from dataclasses import fields
+
+import numpy as np
+import pytest
+import torch
+from conftest import GOOD, write_jsonl
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from small_run import run
+
+from reward import COMPONENTS, RewardConfig, reward_weights
+from rollout import Group
+from sayo.examples.pictures import DataError
+from sayo.model.forward import TokenStatistics
+from sayo.model.loading import load_policy
+from sayo.model.prompts import base_model
+from sayo.run.metrics import advantage_parts, group_metrics, step_metrics, step_notes
+from train_rl import LOSS_TYPES, Config, example_index, group_advantages, grpo_loss
+
+# --- advantages and loss ----------------------------------------------------------------------------------------
+
+
+@settings(max_examples=60)
+@given(st.lists(st.floats(-2, 3, width=32), min_size=2, max_size=16))
+def test_advantages_against_numpy(rewards):
+    values = np.array(rewards)
+    found = group_advantages(torch.tensor(values))
+    np.testing.assert_allclose(found, (values - values.mean()) / (values.std(ddof=1) + 1e-4), atol=1e-6)
+    np.testing.assert_allclose(group_advantages(torch.tensor(values), scale="none"), values - values.mean(), atol=1e-6)
+
+
+def test_wrong_advantages_are_refused():
+    with pytest.raises(ValueError, match="num_generations must be 2 or more"):
+        group_advantages(torch.ones(1))
+    with pytest.raises(ValueError, match="scale='batch'"):
+        group_advantages(torch.ones(2), scale="batch")
+
+
+def ragged(lengths, seed):
+    generator = torch.Generator().manual_seed(seed)
+    return [-torch.rand(length, generator=generator) * 2 for length in lengths]
+
+
+def trl_loss(new, old, ref, advantages, *, beta, clip_low, clip_high, loss_type, max_new_tokens):
+    """TRL's GRPOTrainer computing the loss of the same numbers, on a padded batch."""
+    from unittest.mock import MagicMock
+
+    from trl import GRPOTrainer
+
+    def pad(parts):
+        return torch.nn.utils.rnn.pad_sequence(parts, batch_first=True)
+
+    mask = pad([torch.ones(len(part)) for part in new])
+    trainer = MagicMock()
+    trainer.configure_mock(beta=beta, epsilon_low=clip_low, epsilon_high=clip_high, loss_type=loss_type)
+    trainer.configure_mock(max_completion_length=max_new_tokens, top_entropy_quantile=1.0)
+    trainer.configure_mock(importance_sampling_level="token", off_policy_mask_threshold=None)
+    trainer.configure_mock(use_vllm=False, use_liger_kernel=False, aux_loss_enabled=False, use_adaptive_entropy=False)
+    trainer.configure_mock(_entropy_bonus_enabled=False, current_gradient_accumulation_steps=1)
+    trainer.args.configure_mock(delta=None, steps_per_generation=1, use_bias_correction_kl=False)
+    trainer.model.training = True
+    trainer.accelerator.num_processes = 1
+    trainer.accelerator.gather = lambda value: value
+    trainer._get_per_token_logps_and_entropies.return_value = (pad(new), torch.zeros_like(mask), None)
+    trainer._metrics = {"train": MagicMock()}
+    inputs = {"prompt_ids": torch.zeros(len(new), 1, dtype=torch.long), "prompt_mask": torch.ones(len(new), 1)}
+    inputs |= {"completion_ids": torch.zeros_like(mask, dtype=torch.long), "completion_mask": mask}
+    inputs |= {"advantages": advantages, "num_items_in_batch": mask.sum()}
+    inputs |= {"old_per_token_logps": pad(old), "ref_per_token_logps": pad(ref)}
+    return GRPOTrainer._compute_loss(trainer, MagicMock(), inputs)
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.3])
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+def test_loss_and_gradient_equal_trl(loss_type, beta):
+    lengths = (7, 1, 12, 4)
+    old, ref = ragged(lengths, 1), ragged(lengths, 2)
+    advantages = torch.tensor([1.2, -0.7, 0.4, -0.9])
+    options = {"beta": beta, "clip_low": 0.1, "clip_high": 0.25, "loss_type": loss_type, "max_new_tokens": 20}
+    results = []
+    for function in (trl_loss, lambda *a, **k: grpo_loss(*a, **k)[0]):
+        new = [part.clone().requires_grad_() for part in ragged(lengths, 3)]
+        loss = function(new, old, ref, advantages, **options)
+        loss.backward()
+        results.append((loss.detach(), torch.cat([part.grad for part in new])))
+    torch.testing.assert_close(*results)
+    assert results[0][1].abs().sum() > 0
+
+
+WITHOUT_KL = {"beta": 0, "clip_low": 0.2, "clip_high": 0.2}
+
+
+def test_loss_statistics():
+    new, old, ref = (ragged((3, 2), seed) for seed in (1, 1, 2))
+    _, stats = grpo_loss(new, old, ref, torch.ones(2), beta=0.1, clip_low=0.2, clip_high=0.2, loss_type="grpo")
+    difference = torch.cat(ref) - torch.cat(new)
+    assert stats["kl"] == pytest.approx((difference.exp() - difference - 1).mean().item(), rel=1e-5)
+    assert stats["clip_fraction"] == 0  # on-policy
+    moved = [logp + 0.5 for logp in old]  # ratio 1.65 everywhere: clipped where the advantage is positive
+    _, stats = grpo_loss(moved, old, None, torch.tensor([1.0, -1.0]), loss_type="grpo", **WITHOUT_KL)
+    assert stats["clip_fraction"] == pytest.approx(3 / 5)
+    with pytest.raises(ValueError, match="loss_type='ppo'.*'dr_grpo'"):
+        grpo_loss(new, old, ref, torch.ones(2), loss_type="ppo", **WITHOUT_KL)
+    with pytest.raises(ValueError, match="beta=0.1 needs ref_logps"):
+        grpo_loss(new, old, None, torch.ones(2), loss_type="grpo", **WITHOUT_KL | {"beta": 0.1})
+
+
+def test_dapo_weighs_all_tokens_of_a_step_alike():
+    """Two groups with the step's token count give the loss of one group that holds all their completions."""
+    lengths, advantages = (4, 9, 2, 5), torch.tensor([1.0, -0.5, 0.3, -0.8])
+    new, old = ragged(lengths, 4), ragged(lengths, 5)
+    options = WITHOUT_KL | {"loss_type": "dapo"}
+    whole, _ = grpo_loss(new, old, None, advantages, **options)
+    halves = (slice(0, 2), slice(2, 4))
+    parts = [grpo_loss(new[h], old[h], None, advantages[h], num_items=20, **options)[0] for h in halves]
+    torch.testing.assert_close(sum(parts), whole)
+
+
+@settings(max_examples=100)
+@given(st.floats(-3, 3, width=32), st.integers(2, 16))
+def test_equal_rewards_give_exactly_zero_advantages(reward, num_generations):
+    """Rounding in the mean, divided by 1e-4, was up to 5e-3: noise that became gradient."""
+    assert group_advantages(torch.full((num_generations,), reward)).tolist() == [0.0] * num_generations
+
+
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+def test_empty_completions_have_no_loss(loss_type):
+    empty = [torch.zeros(0), torch.zeros(0)]
+    loss, stats = grpo_loss(empty, empty, None, torch.tensor([1.0, -1.0]), **WITHOUT_KL, loss_type=loss_type)
+    assert loss == 0 and math.isnan(stats["kl"]) and stats["clip_fraction"] == 0
+
+
+# --- metrics ----------------------------------------------------------------------------------------------------
+
+
+STATISTICS = TokenStatistics([], [torch.tensor([1.0, 3.0]), torch.tensor([2.0])], [], [])
+COMPLETIONS = [torch.tensor([1, 2]), torch.tensor([3])]
+ONE_GROUP = Group({}, None, COMPLETIONS, ["", ""], [True, False], STATISTICS)
+
+
+def with_total(scores: dict, weights: dict) -> dict:
+    return scores | {"total": sum(weight * scores[name] for name, weight in weights.items())}
+
+
+@pytest.mark.parametrize(
+    ("attention", "accuracy", "shares", "reason"),
+    [
+        ([0.0, 1.0], [0.0, 1.0], [0.5, 0, 0.5, 0, 0], "both say the same"),
+        ([0.1, 0.4], [1.0, 1.0], [1, 0, 0, 0, 0], "accuracy does not tell the completions apart"),
+        ([1.0, 1.0], [1.0, 1.0], [0, 0, 0, 0, 0], "nothing does"),
+    ],
+)
+def test_advantage_shares_say_which_reward_drives_the_group(attention, accuracy, shares, reason):
+    weights = reward_weights(Config()) | {"attention": 1.0, "format": 1.0, "accuracy": 1.0}
+    scores = dict.fromkeys(COMPONENTS, torch.ones(2))
+    scores = with_total(scores | {"attention": torch.tensor(attention), "accuracy": torch.tensor(accuracy)}, weights)
+    scores |= {"tas": torch.tensor([0.5, math.nan])}
+    found = step_metrics([group_metrics(ONE_GROUP, scores, group_advantages(scores["total"]), weights)])
+    assert [found[f"advantage_share/{name}"] for name in COMPONENTS] == pytest.approx(shares), reason
+    assert found["zero_advantage_groups"] == (not any(shares))
+    assert found["reward/tas"] == 0.5 and found["entropy"] == 2.0
+    assert found["completion_length"] == 1.5 and found["truncated"] == 0.5 and found["empty_completions"] == 0.5
+    assert found["reward_std/accuracy"] == pytest.approx(np.std(accuracy))
+
+
+def ranks(rewards: torch.Tensor) -> torch.Tensor:
+    """An invented advantage: the ranks of the centered rewards, clipped."""
+    return (rewards - rewards.mean()).argsort().argsort().sub((len(rewards) - 1) / 2).clamp(-1, 1)
+
+
+@settings(max_examples=60)
+@given(st.lists(st.tuples(*[st.integers(-8, 8)] * len(COMPONENTS)), min_size=2, max_size=8), st.integers(0, 2))
+def test_the_parts_of_any_advantage_add_up_to_its_squares(rows, kind):
+    scores = {name: torch.tensor(row) / 8.0 for name, row in zip(COMPONENTS, zip(*rows, strict=True), strict=True)}
+    weights = dict(zip(COMPONENTS, (1.0, 0.5, 2.0, 0.25, 1.5), strict=True))
+    scores = with_total(scores, weights)
+    total = scores["total"]
+    functions = group_advantages, lambda rewards: group_advantages(rewards, "none"), ranks
+    advantages = functions[kind](total)
+    parts = advantage_parts(advantages, scores, weights)
+    assume(kind < 2 or abs(float((total - total.mean()) @ advantages)) > 1e-2)
+    assert sum(parts.values()) == pytest.approx(advantages.square().sum().item(), rel=1e-3, abs=1e-6)
+    if kind == 0:  # the formula of the paper: each component's own share of the advantage
+        for name, weight in weights.items():
+            own = weight * (scores[name] - scores[name].mean()) / (total.std() + 1e-4)
+            assert parts[name] == pytest.approx((own * advantages).sum().item(), rel=1e-3, abs=1e-4), name
+
+
+def test_every_component_has_a_weight_and_is_scored_and_logged(finished_run):
+    """A component is a function and a weight; what is printed, drawn and tabled follows from the two."""
+    _, rows = finished_run
+    assert {f"{name}_weight" for name in COMPONENTS} == {f.name for f in fields(RewardConfig) if "weight" in f.name}
+    assert list(reward_weights(Config())) == list(COMPONENTS)
+    for name in COMPONENTS:
+        assert {f"{kind}/{name}" for kind in ("reward", "reward_std", "advantage_share")} <= rows[0].keys()
+
+
+def test_a_note_about_groups_that_teach_nothing_is_given_once():
+    metrics, warned = {"empty_completions": 0.75, "identical_groups": 0.5}, set()
+    (note,) = step_notes(3, metrics, {}, warned)
+    assert note.startswith("step 3: 75% of the completions are empty")
+    metrics["identical_groups"] = 1.0
+    (note,) = step_notes(4, metrics, {}, warned)
+    assert note.startswith("step 4: 100% of the groups") and "the same completion" in note
+    assert step_notes(5, metrics, {}, warned) == []
+
+
+def test_unknown_values_are_null_in_json():
+    row = {"reward/tas": math.nan, "square/tas": math.nan, "variance/total": 0.0}
+    row |= {f"variance/{name}": 0.0 for name in COMPONENTS}
+    assert "NaN" not in json.dumps(step_metrics([row]))
+    assert step_metrics([row, row | {"reward/tas": 0.25, "square/tas": 0.25**2}])["reward/tas"] == 0.25
+
+
+def test_every_epoch_is_a_new_permutation():
+    first = [example_index(7, position, 10) for position in range(10)]
+    second = [example_index(7, position, 10) for position in range(10, 20)]
+    assert sorted(first) == sorted(second) == list(range(10))
+    assert first != second and first != [example_index(8, position, 10) for position in range(10)]
+
+
+# --- the loop ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def finished_run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run") / "first"
+    return folder, run(folder)
+
+
+def test_a_run_leaves_what_it_promises(finished_run):
+    folder, rows = finished_run
+    assert [row["step"] for row in rows] == [1, 2, 3, 4]
+    for name in ("config.yaml", "samples.jsonl", "curves.png", "adapter/adapter_model.safetensors", "evaluation.json"):
+        assert (folder / name).stat().st_size > 0
+    assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == ["step-000002", "step-000004"]
+    promised = "kl entropy clip_fraction grad_norm completion_length truncated zero_advantage_groups".split()
+    promised += [f"{kind}/{name}" for kind in ("reward", "reward_std", "advantage_share") for name in COMPONENTS]
+    assert all(isinstance(row[name], float) for row in rows for name in promised)
+    times = json.loads((folder / "metrics.jsonl").read_text().splitlines()[0])
+    for stage in ("rollout", "reference", "score", "update"):
+        assert times[f"time/{stage}_seconds"] > 0 and times[f"time/{stage}_tokens_per_second"] > 0
+    assert rows[0]["kl"] < 1e-9 < rows[-1]["kl"]  # the policy starts as its reference and moves away
+    shares = [sum(row[f"advantage_share/{name}"] for name in COMPONENTS) for row in rows]
+    assert shares == pytest.approx([1.0] * 4, abs=1e-3)
+
+
+def test_the_weights_change_and_the_base_does_not(finished_run, model_folders):
+    folder, _ = finished_run
+    trained, _ = load_policy(model_folders["qwen3_vl"], adapter=str(folder / "adapter"), lora_rank=0)
+    plain, _ = load_policy(model_folders["qwen3_vl"], lora_rank=0)
+    moved = [parameter.abs().max() for name, parameter in trained.named_parameters() if "lora_B" in name]
+    assert min(moved) > 0
+    base = {name.replace(".base_layer", ""): weight for name, weight in base_model(trained).named_parameters()}
+    for name, parameter in plain.named_parameters():
+        assert torch.equal(parameter, base[name]), name
+
+
+def test_the_same_seed_gives_the_same_metrics_and_another_gives_others(finished_run, tmp_path):
+    folder, rows = finished_run
+    assert run(tmp_path / "again") == rows
+    assert (tmp_path / "again" / "samples.jsonl").read_text() == (folder / "samples.jsonl").read_text()
+    assert run(tmp_path / "other", seed=1, max_steps=1, eval_limit=1) != rows[:1]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"loss_type": "dapo", "num_iterations": 2, "beta": 0.0, "advantage_scale": "none"},
+        {"loss_type": "dr_grpo", "load_in_4bit": True, "dtype": "float32"},
+        {"loss_type": "bnpo", "lora_targets": "all-linear", "lr_scheduler": "cosine"},
+    ],
+    ids=lambda settings: "-".join(settings),
+)
+def test_settings_that_change_the_way_run_through(tmp_path, settings):
+    rows = run(tmp_path / "run", max_steps=2, eval_limit=1, **settings)
+    assert len(rows) == 2 and rows[-1]["grad_norm"] > 0
+
+
+def test_gradient_checkpointing_changes_memory_not_numbers(finished_run, tmp_path):
+    rows = run(tmp_path / "run", max_steps=2, eval_limit=1, gradient_checkpointing=True)
+    for name in ("grad_norm", "reward/total", "loss"):
+        expected = [row[name] for row in finished_run[1][:2]]
+        assert [row[name] for row in rows] == pytest.approx(expected, rel=1e-4, abs=1e-5)
+
+
+def test_a_second_update_on_the_same_completions_is_off_policy(tmp_path):
+    rows = run(tmp_path / "run", max_steps=1, eval_limit=1, num_iterations=6, learning_rate=2e-2, warmup_steps=0)
+    assert rows[0]["clip_fraction"] > 0
+
+
+def test_resuming_nothing_starts_and_says_so(finished_run, tmp_path, capsys):
+    """A job that is queued again has one command; killed early, it left a folder that --resume refused."""
+    assert run(tmp_path / "empty", resume=True, max_steps=1, eval_limit=1) == finished_run[1][:1]
+    assert "holds no run yet: it starts at step 0" in capsys.readouterr().out
+
+
+def test_bad_data_stops_the_run_before_it_starts(tmp_path):
+    with pytest.raises(DataError, match=r"gone\.png"):
+        run(tmp_path / "run", data=write_jsonl(tmp_path, GOOD | {"image": "gone.png"}))
+    assert not (tmp_path / "run").exists()

@@ -1,0 +1,175 @@
+"""Settings: flags over YAML over defaults, and every problem reported at once, before anything long starts."""
+
+import subprocess
+import sys
+from dataclasses import MISSING, asdict, field, fields, make_dataclass
+from typing import get_type_hints
+
+import pytest
+import yaml
+
+from evaluate import EvaluateConfig
+from reward import COMPONENTS, ScoreConfig
+from rollout import RolloutConfig
+from sayo.settings import ConfigError, read_config
+from train_rl import Config
+
+
+def test_without_arguments_everything_is_the_default():
+    assert read_config(Config, []) == Config()
+
+
+def test_flags_win_over_yaml_and_yaml_over_defaults(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text("learning_rate: 1e-5\nmax_steps: 7\nattention_layers: [-1, 2]\nload_in_4bit: true\nlimit: null\n")
+    for arguments in (["--config", str(path), "--max_steps", "9"], ["--max_steps=9", f"--config={path}"]):
+        config = read_config(Config, arguments)
+        assert (config.learning_rate, config.max_steps, config.load_in_4bit) == (1e-5, 9, True)
+        assert config.attention_layers == [-1, 2] and config.limit is None
+        assert config.beta == Config().beta
+
+
+def test_what_a_run_saves_is_a_config_again(tmp_path):
+    config = Config(attention_layers=[-1], system_prompt="Look: at 'it', -- really.\nThen answer.", adapter=None)
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(asdict(config), sort_keys=False))
+    assert read_config(Config, ["--config", str(tmp_path / "config.yaml")]) == config
+
+
+WEIGHTS = [f"{name}_weight" for name in COMPONENTS]
+REFUSED = [
+    (Config, "--learningrate 1", "unknown field 'learningrate'|learning_rate"),
+    (Config, "--max_step 1 --num_generation 4", "max_steps|num_generations"),
+    (Config, "--max_steps many", "max_steps|many"),
+    (Config, "--num_generations 1", "num_generations=1|2 or more"),
+    (Config, "--loss_type ppo", "loss_type='ppo'|{grpo,bnpo,dr_grpo,dapo}"),
+    (Config, "--optimizer sgd", "optimizer='sgd'|{adamw,paged_adamw_8bit}"),
+    (Config, "--top_fraction 0 --top_p 2 --temperature 0", "top_fraction=0|top_p=2|temperature=0"),
+    (Config, "--beta -1 --limit 0", "beta=-1|limit=0"),
+    (Config, "--min_new_tokens -1", "min_new_tokens=-1"),
+    (RolloutConfig, "--min_new_tokens 9 --max_new_tokens 8", "min_new_tokens=9|max_new_tokens|8"),
+    (Config, "--format_min_tokens 9 --format_max_tokens 6", "format_min_tokens=9|format_max_tokens=6"),
+    (Config, " ".join(f"--{name} 0" for name in WEIGHTS), ", ".join(WEIGHTS) + "|nothing would be rewarded"),
+    (Config, "--attention_tokens all --region_weight -1", "attention_tokens='all'|region_weight=-1"),
+    (Config, "--ease_weight 1 --num_iterations 2", "num_iterations=2: give 1"),
+    (Config, "--kl_target 0.05 --beta 0", "kl_target=0.05|give a beta above 0"),
+    (Config, "--config nowhere.yaml", "nowhere.yaml|cannot be read"),
+    (Config, "--learning_rate nan --seed -1", "learning_rate=nan|seed=-1"),
+    (Config, "runs/here", "'runs/here'|--name value"),
+    (Config, "--lora_rank 0 --report_to mlflow", "lora_rank=0|report_to='mlflow'|wandb"),
+    (ScoreConfig, "--rollouts {tmp}/a.jsonl --output {tmp}/./a.jsonl", "is what is read"),
+    (EvaluateConfig, "--json {tmp}/gone/x.json", "json="),
+    (EvaluateConfig, "--json {tmp}", "json="),
+    (EvaluateConfig, "--benchmarks vsstar", "benchmarks='vsstar': did you mean vstar?"),
+    (EvaluateConfig, "--benchmarks docvqa2", "valid: all, mme_realworld_lite, m3cot"),
+    (EvaluateConfig, "--benchmark_root {tmp}", "add --benchmarks all"),
+    (EvaluateConfig, "--benchmarks mmstar --benchmark_root {tmp}", "no mmstar or MMStar in"),
+    (EvaluateConfig, "--benchmarks vstar --data mine.jsonl", "beside benchmarks"),
+    (
+        EvaluateConfig,
+        "--benchmarks vsstar mmstar --benchmark_root /gone",
+        "did you mean vstar?|benchmark_root='/gone': give a folder",
+    ),
+    (EvaluateConfig, "--output_dir {tmp}/file", "is no folder that can be written to"),
+]
+
+
+@pytest.mark.parametrize(("config_class", "flags", "words"), REFUSED)
+def test_every_problem_is_named_with_what_is_valid(tmp_path, config_class, flags, words):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError) as error:
+        read_config(config_class, flags.format(tmp=tmp_path).split())
+    assert all(word in str(error.value) for word in words.split("|")), str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("beta: -1\nlearning_rte: 3\nnum_generations: 1\n", "beta=-1|learning_rate?|num_generations=1|run.yaml"),
+        ("max_steps: 1.5\n", "max_steps"),
+        ("just text\n", "one field per line"),
+        ("learning_rate: null\n", "learning_rate is null"),
+    ],
+)
+def test_the_problems_of_a_yaml_file_are_named_together(tmp_path, text, words):
+    (tmp_path / "run.yaml").write_text(text)
+    with pytest.raises(ConfigError) as error:
+        read_config(Config, ["--config", str(tmp_path / "run.yaml")])
+    assert all(word in str(error.value) for word in words.split("|")), str(error.value)
+
+
+def test_the_papers_settings_are_valid_and_its_main_model_has_no_accuracy_reward():
+    config = read_config(Config, ["--config", "configs/paper.yaml", "--data", "mine.jsonl"])
+    assert (config.attention_weight, config.format_weight, config.accuracy_weight) == (1.0, 1.0, 0.0)
+    assert (config.num_generations, config.learning_rate, config.beta, config.top_p) == (16, 5e-6, 1e-3, 0.9)
+
+
+@pytest.mark.parametrize("config_class", [Config, RolloutConfig, ScoreConfig, EvaluateConfig])
+def test_every_field_has_help_a_valid_default_and_bounds_that_hold(config_class):
+    assert all(len(entry.metadata["help"]) > 10 for entry in fields(config_class))
+    assert config_class().problems() == []
+    for entry in fields(config_class):
+        bounds, kind = entry.metadata["bounds"], float if "float" in str(entry.type) else int
+        outside = {name: kind(bounds[name]) for name in bounds.keys() & {"at_least", "above", "at_most"}}
+        for name, value in outside.items():
+            value += {"at_least": -1, "above": 0, "at_most": 1}[name]
+            assert f"{entry.name}={value}: give" in "\n".join(config_class(**{entry.name: value}).problems())
+
+
+def test_the_fixed_field_names_are_there():
+    names = """model data output_dir max_steps groups_per_step num_generations max_new_tokens temperature top_p
+    learning_rate beta top_fraction attention_weight format_weight accuracy_weight lora_rank load_in_4bit save_steps
+    resume seed""".split()
+    assert set(names) <= {entry.name for entry in fields(Config)}
+
+
+@pytest.mark.parametrize(
+    ("script", "arguments", "words"),
+    [
+        ("train_rl.py", ["--num_generations", "1", "--bta", "3"], ["num_generations=1", "did you mean beta"]),
+        ("train_rl.py", ["--data", "gone.jsonl", "--output_dir", "{tmp}/run"], ["gone.jsonl", "no such file"]),
+        ("rollout.py", ["--model", "gone/model", "--output", "{tmp}/out.jsonl"], ["gone/model", "config.json"]),
+        ("evaluate.py", ["--data", "scenes:training"], ["scenes:training", "scenes:heldout"]),
+        ("reward.py", ["--rollouts", "gone.jsonl"], ["gone.jsonl", "rollout.py"]),
+    ],
+)
+def test_a_command_with_a_problem_fails_with_one_message(tmp_path, script, arguments, words):
+    arguments = [argument.format(tmp=tmp_path) for argument in arguments]
+    result = subprocess.run([sys.executable, script, *arguments], capture_output=True, text=True, timeout=300)
+    assert result.returncode != 0 and "Traceback" not in result.stderr
+    assert all(word in result.stderr for word in words), result.stderr
+
+
+def test_help_teaches():
+    result = subprocess.run([sys.executable, "train_rl.py", "--help"], capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0
+    for words in ("--top_fraction", "most uncertain", "default: 0.3", "--config", "{grpo,bnpo,dr_grpo,dapo}"):
+        assert words in " ".join(result.stdout.split())
+
+
+def test_null_in_yaml_is_none_where_none_is_valid(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text("eval_limit: null\nlimit:\n")
+    assert read_config(Config, ["--config", str(path)]).eval_limit is None
+    assert read_config(Config, ["--config", str(path), "--eval_limit", "3"]).eval_limit == 3
+
+
+def test_a_tracker_that_is_not_installed_is_named_first(monkeypatch):
+    monkeypatch.setattr("train_rl.find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match="report_to='wandb' is not installed: pip install wandb"):
+        read_config(Config, ["--report_to", "wandb"])
+
+
+@pytest.mark.parametrize("config_class", [Config, RolloutConfig, ScoreConfig, EvaluateConfig])
+def test_flags_are_read_as_by_transformers_own_parser(config_class):
+    """HfArgumentParser is the oracle; importing it costs a third of what torch does, before --help is printed."""
+    from transformers import HfArgumentParser
+
+    given = ["--limit", "3", "--load_in_4bit", "--seed=7", "--max-pixels", "9", "--fields", "id=a", "answer=b.c"]
+    if config_class is Config:
+        given += ["--no_try_biggest", "--resume", "f", "--attention_layers", "-1", "2", "--beta", "0", "--adapter=-x"]
+    kinds, plain = get_type_hints(config_class), []
+    for entry in fields(config_class):  # without the bounds, which argparse does not know
+        name = "default_factory" if entry.default is MISSING else "default"
+        plain.append((entry.name, kinds[entry.name], field(**{name: getattr(entry, name)})))
+    (expected,) = HfArgumentParser(make_dataclass("Plain", plain)).parse_args_into_dataclasses(given)
+    assert asdict(read_config(config_class, given)) == asdict(expected) != asdict(config_class())
