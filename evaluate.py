@@ -43,15 +43,8 @@ from sayo.run.files import step_of, stored_json, write_whole
 from sayo.run.processes import read_by_main, sync_forwards
 from sayo.run.provenance import digest, ensure_same_examples, ensure_same_settings, example_names, loaded_from
 from sayo.settings import option, read_jsonl, run_command
-from sayo.show.tables import (
-    METRICS,
-    before_and_after,
-    compare_policies,
-    format_overview,
-    format_table,
-    nan_to_none,
-    none_to_nan,
-)
+from sayo.show import tables
+from sayo.show.tables import METRICS, compare_policies, format_table, nan_to_none, none_to_nan
 
 # What an answer does not depend on; everything else binds the rows of an output folder.
 MAY_CHANGE = ("attention_weight", "format_weight", "accuracy_weight", "limit", "bad_rows", "sampling_tokens", "seed")
@@ -64,21 +57,11 @@ class EvaluateConfig(RewardConfig, PolicyConfig):
     """Evaluate a model, and its adapter if there is one, with greedy decoding."""
 
     data: str = option("scenes:heldout", "Examples: .jsonl, .parquet, a datasets folder, a Hub id, or scenes:heldout.")
-    benchmarks: list[str] | None = option(
-        None, f"Benchmarks instead of data: all (the paper's nine), or some of {', '.join(BENCHMARKS)}."
-    )
-    benchmark_root: list[str] | None = option(
-        None, "Local copies of benchmarks: folders that hold them, or name=path; without it, the Hub."
-    )
-    benchmark_revisions: list[str] | None = option(
-        None, "Branch, tag or commit of Hub benchmarks, as name=revision: vstar=COMMIT."
-    )
-    output_dir: str | None = option(
-        None, "Folder of answers and results; a stopped evaluation resumes there. Benchmarks: evaluations/MODEL."
-    )
-    max_new_tokens: int = option(
-        64, "Maximum completion length in tokens; the paper's benchmark figures were taken with 2048.", at_least=1
-    )
+    benchmarks: list[str] | None = option(None, f"Benchmarks: all (the paper's nine), or {', '.join(BENCHMARKS)}.")
+    benchmark_root: list[str] | None = option(None, "Local copies: folders that hold them, or name=path; else the Hub.")
+    benchmark_revisions: list[str] | None = option(None, "Revisions of Hub benchmarks, as name=revision: vstar=COMMIT.")
+    output_dir: str | None = option(None, "Folder of answers, resumed there; of benchmarks: evaluations/MODEL.")
+    max_new_tokens: int = option(64, "Maximum completion length in tokens; the paper's benchmarks: 2048.", at_least=1)
     json: str | None = option(None, "JSON file for the summary and every completion.")
 
     def problems(self) -> list[str]:
@@ -141,8 +124,9 @@ def evaluate_policy(
         out.
     """
     rows, right = [], sum(row["accuracy"] for row in done)
-    progress = tqdm(total=len(done) + len(examples), initial=len(done), desc=description, unit="example")
-    for group, scores in answered(model, processor, examples, config):
+    counts = {"initial": len(done), "total": len(done) + len(examples)}
+    progress = tqdm(answered(model, processor, examples, config), description, unit="example", **counts)
+    for group, scores in progress:
         row = {name: float(scores[name][0]) for name in ("accuracy", "format", "tas", "tas_selected")}
         row |= {"length": group.lengths[0], "truncated": float(group.truncated[0])}
         row |= {"id": group.example.get("id"), "kind": group.example.get("kind"), "text": group.texts[0]}
@@ -150,17 +134,14 @@ def evaluate_policy(
         rows.append(row)
         right += row["accuracy"]
         progress.set_postfix(accuracy=f"{right / (len(done) + len(rows)):.3f}", refresh=False)
-        progress.update()
         if save:
             save(row)
-    progress.close()
     return rows
 
 
 def answered(model, processor, examples: Sequence[dict], config) -> Iterator[tuple[Group, dict[str, Tensor]]]:
     """The greedy completion of every example, a group of one, with its scores; sampled some at a time."""
-    names = ("max_new_tokens", "system_prompt", "sampling_tokens")
-    options = {name: getattr(config, name) for name in names}
+    options = {name: getattr(config, name) for name in ("max_new_tokens", "system_prompt", "sampling_tokens")}
     for start in range(0, len(examples), EXAMPLES_AT_A_TIME):
         batch = [examples[index] for index in range(start, min(start + EXAMPLES_AT_A_TIME, len(examples)))]
         for group in sample_groups(model, processor, batch, num_generations=1, temperature=0, **options):
@@ -208,27 +189,23 @@ def token_texts(tokenizer, ids: Sequence[int]) -> list[str]:
 @torch.no_grad()
 def answer_examples(model, processor, examples: Sequence[dict], config, description: str = "answers") -> list[Answer]:
     """The greedy completion of every example, scored as in training; config as in evaluate_policy."""
-    answers, progress = [], tqdm(total=len(examples), desc=description, unit="example")
-    for group, values in answered(model, processor, examples, config):
-        scores = {name: float(value[0]) for name, value in values.items()}
+    answers, found = [], answered(model, processor, examples, config)
+    for group, values in tqdm(found, description, total=len(examples), unit="example"):
         length, statistics = group.lengths[0], group.statistics
         completion, entropies = group.completions[0][:length], statistics.entropies[0][:length].cpu()
-        answers.append(
-            Answer(
-                completion=completion,
-                tokens=token_texts(processor.tokenizer, completion.tolist()),
-                entropies=entropies,
-                target_attention=statistics.target_attention[0][:length].cpu(),
-                image_attention=statistics.image_attention[0][:length].cpu(),
-                scored=scored_tokens(completion, entropies, config).tolist() if length else [],
-                scores=scores,
-                text=group.texts[0],
-                truncated=group.truncated[0],
-                coverage=group.prompt.coverage,
-            )
+        answer = Answer(
+            completion=completion,
+            tokens=token_texts(processor.tokenizer, completion.tolist()),
+            entropies=entropies,
+            target_attention=statistics.target_attention[0][:length].cpu(),
+            image_attention=statistics.image_attention[0][:length].cpu(),
+            scored=scored_tokens(completion, entropies, config).tolist() if length else [],
+            scores={name: float(value[0]) for name, value in values.items()},
+            text=group.texts[0],
+            truncated=group.truncated[0],
+            coverage=group.prompt.coverage,
         )
-        progress.update()
-    progress.close()
+        answers.append(answer)
     return answers
 
 
@@ -253,9 +230,8 @@ class BeforeAfter:
         self._evaluate = partial(evaluate_shared, model, processor, examples, config, accelerator)
         stored = read_by_main(self._stored, accelerator.is_main_process)
         self._before, self._after = stored if examples else (None, None)
-        is_lost = bool(examples) and self._before is None and run.checkpoint is not None
-        self.notes = ["resume: evaluation_before.json is missing or damaged: the end has nothing to be compared with"]
-        self.notes *= is_lost
+        lost = "resume: evaluation_before.json is missing or damaged: the end has nothing to be compared with"
+        self.notes = [lost] if examples and self._before is None and run.checkpoint else []
 
     def _stored(self) -> tuple[list[dict] | None, list[dict] | None]:
         """Rows that a former start of the run wrote; None for an evaluation that is still to be done."""
@@ -288,14 +264,11 @@ class BeforeAfter:
             return {}
         if self._after is None:
             self._after = self._evaluate(f"after, {self.config.evaluated_data}")
-        columns = before_and_after(self._before, self._after)
+        columns = tables.before_and_after(self._before, self._after)
         if self.accelerator.is_main_process:
             result = {"step": self.config.max_steps, "summary": columns, "rows": {"after": self._after}}
             self._write("evaluation.json", result)
-            title = (
-                f"{len(self._after)} examples of {self.config.evaluated_data}, greedy; mean [95 % bootstrap interval]"
-            )
-            print(f"{title}\n{format_table(columns)}")
+            print(table_of(self.config.evaluated_data, len(self._after), columns))
         return columns
 
 
@@ -305,6 +278,10 @@ def load_held_out(config):
         return None
     options = config.data_arguments() | {"split": config.eval_split, "limit": config.eval_limit}
     return load_examples(config.evaluated_data, **options, require_boxes=False)
+
+
+def table_of(data: str, count: int, columns: dict) -> str:
+    return f"{count} examples of {data}, greedy; mean [95 % bootstrap interval]\n{format_table(columns)}"
 
 
 def _is_row(value) -> bool:
@@ -366,9 +343,7 @@ def load_tasks(config: EvaluateConfig) -> dict:
     copies, _ = local_copies(names, config.benchmark_root or [])
     revisions = dict(entry.split("=", 1) for entry in config.benchmark_revisions or ())
     options = {"limit": config.limit, "bad_rows": config.bad_rows, "allowed_folders": config.allowed_folders}
-    return {
-        name: load_benchmark(name, copy=copies.get(name), revision=revisions.get(name), **options) for name in names
-    }
+    return {key: load_benchmark(key, copy=copies.get(key), revision=revisions.get(key), **options) for key in names}
 
 
 def main(config: EvaluateConfig) -> None:
@@ -379,11 +354,10 @@ def main(config: EvaluateConfig) -> None:
     settings = {policy: settings_of(config, policy) for policy in policies} if folder else {}
     questions = {name: example_names(examples) for name, examples in tasks.items()} if folder else {}
     stored = {key: stored_rows(path, settings[key[1]], questions[key[0]]) for key, path in paths.items() if path}
-    is_whole = [len(found) == len(questions[name]) for (name, _), found in stored.items()]
-    rows = {
-        key: [found[identifier] for identifier in questions[key[0]]] for key, found in stored.items() if all(is_whole)
-    }
-    if not rows:
+    rows = {}
+    if stored and all(len(found) == len(questions[name]) for (name, _), found in stored.items()):
+        rows = {key: [found[identifier] for identifier in questions[key[0]]] for key, found in stored.items()}
+    else:
         model, processor = load_policy(**config.policy_arguments(lora_rank=0))
         model.requires_grad_(False)  # a frozen vision tower's features are kept from sampling to scoring
         check_layers(model, config.attention_layers)
@@ -410,30 +384,23 @@ def write_results(config: EvaluateConfig, rows: dict[str, dict[str, list[dict]]]
     counts = {name: len(found["base"]) for name, found in rows.items()}
     parts = []
     for name, columns in reports.items():
-        what = name if config.benchmarks else config.data
-        parts.append(
-            f"{counts[name]} examples of {what}, greedy; mean [95 % bootstrap interval]\n{format_table(columns)}"
-        )
+        parts.append(table_of(name if config.benchmarks else config.data, counts[name], columns))
         cut = max(columns[policy]["truncated"][0] for policy in rows[name])
-        if cut > 0.05:
-            parts.append(
-                f"{cut:.0%} of the completions were cut off at max_new_tokens={config.max_new_tokens}: give more"
-            )
+        limit = f"max_new_tokens={config.max_new_tokens}"
+        parts += [f"{cut:.0%} of the completions were cut off at {limit}: give more"] * (cut > 0.05)
     result = {"model": config.model, "adapter": config.adapter}
     if config.benchmarks:
         paper = {name: figures for name, figures in published(config.model).items() if name in reports}
-        parts.append(format_overview(reports, counts, paper))
+        parts.append(tables.format_overview(reports, counts, paper))
         if paper:
             parts.append("paper: SAYO, arXiv 2602.08241, by its own script, whose answer check is looser than ours")
-        result["benchmarks"] = {
-            name: {"examples": counts[name], "summary": columns}
-            | ({"paper": dict(zip(("base", "SAYO"), paper[name], strict=True))} if name in paper else {})
-            for name, columns in reports.items()
-        }
-        whole = result | {"rows": rows}
+        found = {name: {"examples": counts[name], "summary": columns} for name, columns in reports.items()}
+        for name, figures in paper.items():
+            found[name]["paper"] = dict(zip(("base", "SAYO"), figures, strict=True))
+        result["benchmarks"] = found
     else:
         result |= {"data": config.data, "summary": reports["data"]}
-        whole = result | {"rows": rows["data"]}
+    whole = result | {"rows": rows if config.benchmarks else rows["data"]}
     print("\n\n".join(parts) if config.benchmarks else "\n".join(parts))
     if folder := config.folder():
         write_whole(folder / "results.json", json.dumps(nan_to_none(result), indent=1, ensure_ascii=False))

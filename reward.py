@@ -38,36 +38,19 @@ class RewardConfig(Settings):
 
     attention_weight: float = option(1.0, "Weight of the attention reward, tanh(log(a / v)) in (-1, 1).", at_least=0)
     format_weight: float = option(1.0, "Weight of the format reward, 0 to 1.", at_least=0)
-    accuracy_weight: float = option(
-        1.0, "Weight of the accuracy reward, 0 or 1; the paper's main model has 0.", at_least=0
-    )
-    top_fraction: float = option(
-        0.3,
-        "Share of a completion's tokens that the attention reward scores, the most uncertain first.",
-        above=0,
-        at_most=1,
-    )
+    accuracy_weight: float = option(1.0, "Weight of the accuracy reward, 0 or 1 (paper's main model: 0).", at_least=0)
+    top_fraction: float = option(0.3, "Share of tokens scored for attention, most uncertain first.", above=0, at_most=1)
     attention_eps: float = option(1e-8, "Epsilon in log((a + eps) / (v + eps)).", at_least=0)
     attention_layers: list[int] = option([-1], "Decoder layers whose attention is averaged; -1 is the last.")
-    attention_query: str = option(
-        "token", "Query position: the token itself, or the position that predicts it.", ("token", "predictor")
-    )
-    attention_tokens: str = option(
-        "uncertain", "How the scored tokens are chosen; random is a control.", ("uncertain", "random")
-    )
+    attention_query: str = option("token", "Query position: the token's or its predictor's.", ("token", "predictor"))
+    attention_tokens: str = option("uncertain", "Tokens that are scored; random is a control.", ("uncertain", "random"))
     attention_gate: bool = option(False, "A wrong completion gets the lowest attention reward, -1.")
-    attention_normalized: bool = option(
-        False, "Normalize attention rewards within a group to mean 0 and standard deviation 1."
-    )
+    attention_normalized: bool = option(False, "Normalize attention rewards of a group to mean 0 and deviation 1.")
     border_mask: bool = option(False, "Exclude image tokens at the picture's edge, where attention sinks are.")
     region_weight: float = option(0.0, "Weight of Remember-R1's region reward, 0 to 1.", at_least=0)
     memory_weight: float = option(0.0, "Weight of Remember-R1's memory reward, 0 to 2.", at_least=0)
-    format_min_tokens: int | None = option(
-        None, "Scale the format reward down below this length (the paper's script: 60).", at_least=1
-    )
-    format_max_tokens: int | None = option(
-        None, "Scale the format reward down above this length (the paper's script: 100).", at_least=1
-    )
+    format_min_tokens: int | None = option(None, "Lower the format reward below this length (paper: 60).", at_least=1)
+    format_max_tokens: int | None = option(None, "Lower the format reward above this length (paper: 100).", at_least=1)
     temperature: float = option(1.0, "Temperature of sampling, entropies and log-probs.", above=0)
 
     def problems(self) -> list[str]:
@@ -144,9 +127,8 @@ def attention_reward(
         ValueError: different lengths, or top_fraction outside (0, 1].
     """
     if not len(target) == len(image) == len(entropy):
-        raise ValueError(
-            f"target has {len(target)} tokens, image {len(image)}, entropy {len(entropy)}: give one length"
-        )
+        found = f"target has {len(target)} tokens, image {len(image)}, entropy {len(entropy)}"
+        raise ValueError(f"{found}: give one length")
     if not 0 < top_fraction <= 1:
         raise ValueError(f"top_fraction={top_fraction}: give more than 0, at most 1")
     if len(entropy) == 0:
@@ -238,10 +220,6 @@ def _format(completion: Completion, config) -> float:
     return format_reward(completion.text, len(completion.target), config.format_min_tokens, config.format_max_tokens)
 
 
-def _accuracy(completion: Completion, config) -> float:
-    return float(completion.is_right)
-
-
 def _region(completion: Completion, config) -> float:
     if completion.num_target == 0:
         return 0.0
@@ -249,12 +227,14 @@ def _region(completion: Completion, config) -> float:
     return region_reward(*masses, config.attention_eps)
 
 
-def _memory(completion: Completion, config) -> float:
-    return memory_reward(completion.image * completion.num_image)
-
-
 # A component is a function here and a weight in RewardConfig. Metrics, plots and tables follow from the two.
-COMPONENTS = {"attention": _attention, "format": _format, "accuracy": _accuracy, "region": _region, "memory": _memory}
+COMPONENTS = {
+    "attention": _attention,
+    "format": _format,
+    "accuracy": lambda completion, config: float(completion.is_right),
+    "region": _region,
+    "memory": lambda completion, config: memory_reward(completion.image * completion.num_image),
+}
 
 
 def reward_weights(config) -> dict[str, float]:
@@ -283,8 +263,7 @@ def score_group(model, group: Group, config) -> dict[str, Tensor]:
 def group_statistics(model, group: Group, config, map_layer: int | None = None) -> TokenStatistics:
     """token_statistics of a group with the settings of a RewardConfig."""
     options = {"temperature": config.temperature, "layers": config.attention_layers, "query": config.attention_query}
-    prompt = scored_prompt(group, config)
-    return token_statistics(model, prompt, group.completions, map_layer=map_layer, **options)
+    return token_statistics(model, scored_prompt(group, config), group.completions, map_layer=map_layer, **options)
 
 
 def scored_prompt(group: Group, config) -> Prompt:
@@ -350,15 +329,14 @@ def main(config: ScoreConfig) -> None:
     rows = {}
     for _, row in read_jsonl(path):
         if missing := [name for name in WRITTEN_BY_ROLLOUT if name not in row]:
-            raise ConfigError(
-                f"rollouts={config.rollouts!r}: a row has no {', '.join(missing)}; give what rollout.py wrote"
-            )
+            lacks = f"a row has no {', '.join(missing)}"
+            raise ConfigError(f"rollouts={config.rollouts!r}: {lacks}; give what rollout.py wrote")
         rows[row["id"]] = row
     examples = load_examples(config.data, **config.data_arguments(), require_boxes=False)
     model, processor = load_policy(**config.policy_arguments(lora_rank=0))
     check_layers(model, config.attention_layers)
     Path(config.output).parent.mkdir(parents=True, exist_ok=True)
-    sums, scored = {}, 0
+    scored: list[dict] = []  # the rewards of each group
     with Path(config.output).open("w", encoding="utf-8") as file:
         for example in tqdm(examples, desc="reward", unit="group"):
             row = rows.pop(example["id"], None)
@@ -373,18 +351,15 @@ def main(config: ScoreConfig) -> None:
             completions = [torch.tensor(ids) for ids in row["completion_ids"]]
             group = Group(example, prompt, completions, row["texts"], row["truncated"])
             row["rewards"] = {name: values.tolist() for name, values in score_group(model, group, config).items()}
-            for name, values in row["rewards"].items():
-                sums.setdefault(name, []).extend(value for value in values if not math.isnan(value))
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
-            scored += 1
-    for name, values in sums.items():
-        print(f"{name:>12} {sum(values) / max(1, len(values)):7.4f}")
-    print(f"{scored} groups -> {config.output}")
+            scored.append(row["rewards"])
+    for name in scored[0] if scored else ():
+        known = [value for rewards in scored for value in rewards[name] if not math.isnan(value)]
+        print(f"{name:>12} {sum(known) / max(1, len(known)):7.4f}")
+    print(f"{len(scored)} groups -> {config.output}")
     if rows:
-        raise ConfigError(
-            f"{len(rows)} groups of {path} are about no example of data={config.data!r}, the first with id "
-            f"{next(iter(rows))!r}: give the data and limit that rollout.py had"
-        )
+        first = f"the first with id {next(iter(rows))!r}: give the data and limit that rollout.py had"
+        raise ConfigError(f"{len(rows)} groups of {path} are about no example of data={config.data!r}, {first}")
 
 
 if __name__ == "__main__":

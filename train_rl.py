@@ -50,72 +50,44 @@ LARGEST_EXPONENT = 20.0  # e^20 is 5e8: far above any ratio that training can us
 class Config(RegionsConfig, RewardConfig, SamplingConfig, PolicyConfig):
     """Train a multimodal LLM with GRPO, an attention reward, a format reward and an accuracy reward."""
 
-    regions: str = option(
-        "boxes",
-        "Rewarded regions: the data's own, or computed from the base model's attention.",
-        ("boxes", "attention"),
-    )
+    regions: str = option("boxes", "Regions: the data's, or from the base model's attention.", ("boxes", "attention"))
     output_dir: str = option("runs/sayo", "Folder of the run: config, metrics, samples, checkpoints, adapter, curves.")
     max_steps: int = option(100, "Training steps, each over groups_per_step groups.", at_least=1)
-    groups_per_step: int = option(
-        8, "Prompts per step, over all processes; gradients add up over their groups.", at_least=1
-    )
+    groups_per_step: int = option(8, "Prompts per step, over all processes; their gradients add up.", at_least=1)
     num_iterations: int = option(1, "Updates per batch of completions; clipping matters only above 1.", at_least=1)
     loss_type: str = option("grpo", "How token losses are averaged, as in TRL.", LOSS_TYPES)
     advantage_scale: str = option("group", "Divide advantages by the group's standard deviation.", ("group", "none"))
     clip_low: float = option(0.2, "A probability ratio below 1 - clip_low is clipped.", at_least=0)
     clip_high: float = option(0.2, "A probability ratio above 1 + clip_high is clipped.", at_least=0)
     beta: float = option(1e-3, "Weight of the KL term (k3 estimator) to the base model; 0 disables it.", at_least=0)
-    kl_target: float | None = option(
-        None,
-        "Double beta after a step whose KL (nats per token) is far above this, halve it after one far below.",
-        above=0,
-    )
-    ease_weight: float = option(
-        0.0, "Weight of EASE's attention loss on right completions (its paper: 1e-3).", at_least=0
-    )
+    kl_target: float | None = option(None, "Double beta far above this KL (nats per token), halve it below.", above=0)
+    ease_weight: float = option(0.0, "Weight of EASE's attention loss on right answers (its paper: 1e-3).", at_least=0)
     optimizer: str = option("adamw", "AdamW of torch, or of bitsandbytes with 8-bit paged state.", OPTIMIZERS)
-    learning_rate: float = option(
-        2e-4, "AdamW's peak learning rate; large models want less (the paper: 5e-6).", above=0
-    )
+    learning_rate: float = option(2e-4, "AdamW's peak learning rate; large models want less (paper: 5e-6).", above=0)
     lr_scheduler: str = option("constant_with_warmup", "Learning-rate schedule, as in transformers.", SCHEDULERS)
     warmup_steps: int = option(5, "Steps over which the learning rate rises from 0.", at_least=0)
     weight_decay: float = option(0.01, "AdamW's weight decay.", at_least=0)
     max_grad_norm: float = option(0.8, "Clip gradients to this norm.", above=0)
     max_skipped_steps: int = option(10, "Stop after this many consecutive steps with non-finite gradients.", at_least=1)
-    lora_rank: int = option(
-        16, "Rank of the LoRA adapter; with the adapter off, the model is the KL reference.", at_least=1
-    )
+    lora_rank: int = option(16, "Rank of the LoRA adapter; with it off, the model is the KL reference.", at_least=1)
     lora_alpha: int = option(32, "LoRA's alpha.", at_least=1)
     lora_targets: str = option("language", "Linear layers that LoRA adapts.", ("language", "all-linear"))
-    gradient_checkpointing: bool = option(
-        False, "Recompute activations in the backward pass: slower, much less memory."
-    )
+    gradient_checkpointing: bool = option(False, "Recompute activations in backward: slower, much less memory.")
     save_steps: int = option(50, "Steps between checkpoints.", at_least=1)
     save_total_limit: int | None = option(None, "Keep only the newest N checkpoints; none keeps all.", at_least=1)
-    resume: bool = option(
-        False, "Resume from the newest whole checkpoint of output_dir; without a run there, start one."
-    )
-    eval_data: str | None = option(
-        None, "Data to evaluate on before and after training, or none; scenes:heldout if data is scenes."
-    )
+    resume: bool = option(False, "Resume from output_dir's newest whole checkpoint; without a run there, start one.")
+    eval_data: str | None = option(None, "Data to evaluate before and after, or none; scenes:heldout for scenes.")
     eval_split: str = option("test", "Split of eval_data.")
     eval_limit: int | None = option(512, "Evaluate on the first N examples of eval_data.", at_least=1)
     report_to: str = option("tensorboard", "Where to log: an Accelerate tracker.", ("tensorboard", "wandb", "none"))
     plan: bool = option(False, "Print how much memory the run will take, by stage, and stop before weights are loaded.")
-    memory_gb: float | None = option(
-        None, "Plan for a GPU of this many GB (10^9 bytes) instead of this machine.", above=0
-    )
-    try_biggest: bool = option(
-        True, "Rehearse the largest step of the data first, so that a lack of memory shows at once."
-    )
+    memory_gb: float | None = option(None, "Plan for a GPU of this many GB (10^9 bytes), not this machine.", above=0)
+    try_biggest: bool = option(True, "Rehearse the data's largest step first: a lack of memory shows at once.")
 
     def problems(self) -> list[str]:
         found = super().problems()
         if self.num_generations < 2:
-            found.append(
-                f"num_generations={self.num_generations}: give 2 or more; advantages compare completions of a group"
-            )
+            found.append(f"num_generations={self.num_generations}: give 2 or more; advantages compare completions")
         if self.report_to in ("tensorboard", "wandb") and find_spec(self.report_to) is None:
             found.append(f"report_to={self.report_to!r} is not installed: pip install {self.report_to}, or give none")
         if not any(reward_weights(self).values()):
@@ -123,10 +95,8 @@ class Config(RegionsConfig, RewardConfig, SamplingConfig, PolicyConfig):
         if self.kl_target and not self.beta:
             found.append(f"kl_target={self.kl_target} with beta=0.0: give a beta above 0, where it starts (1e-3)")
         if self.ease_weight and self.num_iterations > 1:
-            found.append(
-                f"ease_weight={self.ease_weight} with num_iterations={self.num_iterations}: give 1; the loss is taken "
-                "on the policy that sampled"
-            )
+            fix = "give 1; the loss is taken on the policy that sampled"
+            found.append(f"ease_weight={self.ease_weight} with num_iterations={self.num_iterations}: {fix}")
         return found
 
     @property
@@ -261,6 +231,8 @@ def train_step(model, processor, state, examples, step: int, config: Config, acc
         with log.stage("reference"), torch.no_grad(), evaluating(model), model.disable_adapter():
             references = [logprobs(model, group, config) for group in groups]
     tokens_per_group = tokens_of_step(groups, accelerator) / config.groups_per_step
+    # Gradients are the mean over groups, for all loss types alike.
+    options = config.loss_arguments() | {"beta": state.beta.value, "num_items": tokens_per_group}
     map_layer = ease_layer(model) if config.ease_weight else None
     scores, advantages = [], []
 
@@ -275,15 +247,7 @@ def train_step(model, processor, state, examples, step: int, config: Config, acc
                 logps = logprobs(model, groups[number], config) if iteration else statistics.logps
             group, advantage, score = groups[number], advantages[number], scores[number]
             with log.stage("update"):
-                loss, stats = grpo_loss(
-                    logps,
-                    group.statistics.logps,
-                    reference,
-                    advantage,
-                    beta=state.beta.value,
-                    num_items=tokens_per_group,  # gradients are the mean over groups, for all loss types alike
-                    **config.loss_arguments(),
-                )
+                loss, stats = grpo_loss(logps, group.statistics.logps, reference, advantage, **options)
                 if config.ease_weight:
                     ease = ease_loss(statistics.maps, target_map(processor, group.example), score["accuracy"])
                     loss, stats = loss + config.ease_weight * ease, stats | {"ease": ease.item()}
@@ -331,8 +295,7 @@ class TrainState:
 
     def parts(self) -> dict:
         """What a checkpoint holds beside the adapter and two counts, each with a state_dict."""
-        names = ("optimizer", "scheduler", "scaler", "beta")
-        return {name: getattr(self, name) for name in names}
+        return {name: getattr(self, name) for name in ("optimizer", "scheduler", "scaler", "beta")}
 
     def load(self, checkpoint) -> None:
         """Continue from a checkpoint's state; None starts at step 0."""

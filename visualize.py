@@ -55,20 +55,14 @@ class VisualizeConfig(RewardConfig, PolicyConfig):
     """
 
     data: str = option("scenes:heldout", "Examples: .jsonl, .parquet, a datasets folder, a Hub id, or scenes:heldout.")
-    limit: int | None = option(
-        None, f"Only the first examples; by default {REPORT_LIMIT} (report), {PLOTS_LIMIT} (plots)."
-    )
+    limit: int | None = option(None, f"The first examples; by default {REPORT_LIMIT} (report), {PLOTS_LIMIT} (plots).")
     metrics: list[str] | None = option(None, "metrics.jsonl of one or more runs, to draw their curves.")
     evaluations: list[str] | None = option(None, "With --plots: files of evaluate.py --json, TAS against accuracy.")
     plots: str | None = option(None, "Folder to write the paper's analyses to, each as PNG and SVG.")
     index: list[int] | None = option(None, "Examples to show, counted from 0; default in a picture: 0 1 2.")
     max_new_tokens: int = option(128, "Maximum completion length in tokens.", at_least=1)
-    megabytes: float = option(
-        15.0, "Maximum report size; decides how many layers it has and how fine the maps are.", at_least=1
-    )
-    output: str = option(
-        "picture.png", "File to write: a report (.html) or a picture (.png .jpg .pdf .svg).", aliases=("--out",)
-    )
+    megabytes: float = option(15.0, "Largest report; decides how many layers it has, how fine maps are.", at_least=1)
+    output: str = option("picture.png", "Report (.html) or picture (.png .jpg .pdf .svg) to write.", aliases=("--out",))
 
     def problems(self) -> list[str]:
         found = super().problems()

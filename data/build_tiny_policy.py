@@ -27,19 +27,12 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+import transformers
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
-from transformers import (
-    GenerationConfig,
-    Qwen2Tokenizer,
-    Qwen2VLImageProcessor,
-    Qwen3VLConfig,
-    Qwen3VLForConditionalGeneration,
-    Qwen3VLProcessor,
-    Qwen3VLVideoProcessor,
-)
+from transformers import Qwen2Tokenizer, Qwen3VLForConditionalGeneration, Qwen3VLProcessor
 
 from reward import is_correct
 from sayo.examples.scenes.scenes import COLORS, LETTERS, SHAPES, Scenes
@@ -76,8 +69,9 @@ def build_processor(tokenizer: Qwen2Tokenizer) -> Qwen3VLProcessor:
     pixels = {"patch_size": 16, "temporal_patch_size": 2, "merge_size": 2}
     pixels |= {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
     pixels |= {"size": {"shortest_edge": 4 * 32 * 32, "longest_edge": 256 * 32 * 32}}  # areas in pixels, in truth
-    video_processor = Qwen3VLVideoProcessor(cap_pixels_per_frame=False, **pixels)
-    return Qwen3VLProcessor(Qwen2VLImageProcessor(**pixels), tokenizer, video_processor, chat_template=CHAT_TEMPLATE)
+    images = transformers.Qwen2VLImageProcessor(**pixels)
+    videos = transformers.Qwen3VLVideoProcessor(cap_pixels_per_frame=False, **pixels)
+    return Qwen3VLProcessor(images, tokenizer, videos, chat_template=CHAT_TEMPLATE)
 
 
 def build_model(tokenizer: Qwen2Tokenizer) -> Qwen3VLForConditionalGeneration:
@@ -96,7 +90,7 @@ def build_model(tokenizer: Qwen2Tokenizer) -> Qwen3VLForConditionalGeneration:
     vision |= {"deepstack_visual_indexes": [1]}
     ids = {"image_token_id": token_id("<|image_pad|>"), "video_token_id": token_id("<|video_pad|>")}
     ids |= {f"vision_{side}_token_id": token_id(f"<|vision_{side}|>") for side in ("start", "end")}
-    config = Qwen3VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=True, **ids)
+    config = transformers.Qwen3VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=True, **ids)
     model = Qwen3VLForConditionalGeneration(config)
     for name, parameter in model.named_parameters():
         if name.endswith("bias"):
@@ -106,7 +100,7 @@ def build_model(tokenizer: Qwen2Tokenizer) -> Qwen3VLForConditionalGeneration:
             gain = 0.1 if re.search("o_proj|down_proj", name) else 1.0
             nn.init.normal_(parameter, std=gain * fan_in**-0.5)
     ends = [token_id("<|im_end|>"), token_id("<|endoftext|>")]
-    model.generation_config = GenerationConfig(eos_token_id=ends, pad_token_id=token_id("<|endoftext|>"))
+    model.generation_config = transformers.GenerationConfig(eos_token_id=ends, pad_token_id=token_id("<|endoftext|>"))
     return model
 
 
@@ -173,10 +167,8 @@ class Batches(Dataset):
         ends = batch["attention_mask"].sum(1)
         position = torch.arange(batch["input_ids"].shape[1])
         is_completion = (position >= (ends - lengths)[:, None]) & (position < ends[:, None])  # (B, S)
-        held = [
-            cell_labels(example, rows // 2, columns // 2)
-            for example, (_, rows, columns) in zip(examples, batch["image_grid_thw"].tolist(), strict=True)
-        ]
+        grids = (batch["image_grid_thw"][:, 1:] // 2).tolist()  # rows and columns of visual tokens
+        held = [cell_labels(example, *grid) for example, grid in zip(examples, grids, strict=True)]
         batch["labels"] = batch["input_ids"].masked_fill(~is_completion, -100)
         batch["classes"], batch["boxes"] = (torch.cat(parts) for parts in zip(*held, strict=True))
         return dict(batch)
@@ -192,10 +184,8 @@ class Optimizers:
         named = [item for module in modules for item in module.named_parameters() if item[1].requires_grad]
         matrices = [weight for name, weight in named if weight.dim() == 2 and re.search("blocks|merger|layers", name)]
         others = [weight for _, weight in named if not any(weight is matrix for matrix in matrices)]
-        self.optimizers = [
-            torch.optim.Muon(matrices, lr=muon_rate, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
-            torch.optim.AdamW(others, lr=adam_rate, betas=(0.9, 0.98), weight_decay=0.01),
-        ]
+        muon = torch.optim.Muon(matrices, lr=muon_rate, weight_decay=0.01, adjust_lr_fn="match_rms_adamw")
+        self.optimizers = [muon, torch.optim.AdamW(others, lr=adam_rate, betas=(0.9, 0.98), weight_decay=0.01)]
 
         def scale(step: int) -> float:
             return min(1.0, (step + 1) / warmup) * max(0.05, 1 - step / steps)
@@ -346,9 +336,8 @@ def build(out: Path, arguments: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description="Build the embedded tiny policy.", formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    shown = argparse.ArgumentDefaultsHelpFormatter
+    parser = argparse.ArgumentParser(description="Build the embedded tiny policy.", formatter_class=shown)
     add = parser.add_argument
     add("--out", type=Path, required=True, help="folder to write, e.g. data/tiny_policy")
     add("--seed", type=int, default=0, help="seed of the weights")

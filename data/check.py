@@ -35,6 +35,8 @@ from sayo.show.plots import drawing
 
 THUMBNAIL = 256  # longest side, in pixels, of the canvas on which regions are measured
 PANEL = 800  # longest side, in pixels, of a picture on the sheet
+KINDS = ("pictures", "boxes", "polygons", "masks", "choices")  # that a row has some of
+FIGURES = ("picture width", "picture height", "share of a picture in its region", "characters of a question")
 NOTES = (  # on rows that training takes
     "have a region of more than half of a picture: attention on it says little about looking",
     "have a region of less than a thousandth of a picture: less than a token for most models",
@@ -78,9 +80,8 @@ def _scaled(boxes, polygons, scale: float) -> tuple[list, list]:
 
 def describe(examples: Examples, box_format: str) -> dict:
     """Figures of the good rows, and `notes`: what is allowed but worth a look, with the first id of each."""
-    kinds = {name: [] for name in ("pictures", "boxes", "polygons", "masks", "choices")}
-    shares, sizes, questions, answers = [], [], [], Counter()
-    seen, notes = {}, {note: [] for note in NOTES}
+    kinds, figures = ({name: [] for name in names} for names in (KINDS, FIGURES))
+    answers, seen, notes = Counter(), {}, {note: [] for note in NOTES}
     for index in tqdm(range(len(examples)), desc="figures", disable=len(examples) <= 200):
         example = examples.raw(index)
         own_sizes = [picture_size(image) for image in example["images"]]
@@ -89,9 +90,9 @@ def describe(examples: Examples, box_format: str) -> dict:
         polygons = regions.get("polygons", [[] for _ in own_sizes])
         of_pictures = zip(regions["boxes"], polygons, masks, own_sizes, strict=True)
         own_shares = [region_share(*region, size) for *region, size in of_pictures if any(region)]
-        sizes += own_sizes
-        shares += own_shares
-        questions.append(len(example["question"]))
+        measured = (*zip(*own_sizes, strict=True), own_shares, [len(example["question"])])
+        for values, more in zip(figures.values(), measured, strict=True):
+            values += more
         answers[example["answer"].strip().lower()] += 1
         counts = (len(own_sizes), *(sum(map(len, part)) for part in (regions["boxes"], polygons)))
         counts += (len([mask for mask in masks if mask]), len(example.get("choices") or []))
@@ -103,16 +104,12 @@ def describe(examples: Examples, box_format: str) -> dict:
         for ids, applied in zip(notes.values(), applies, strict=True):
             ids += [example["id"]] if applied else []
     top = [(answer, count / len(examples)) for answer, count in answers.most_common(5)]
-    figures = {f"{name} of a row": spread(counts) | {"rows": len(counts)} for name, counts in kinds.items() if counts}
-    figures["picture width"] = spread([width for width, _ in sizes])
-    figures["picture height"] = spread([height for _, height in sizes])
-    if shares:
-        figures["share of a picture in its region"] = spread(shares)
-    figures["characters of a question"] = spread(questions)
+    found = {f"{name} of a row": spread(counts) | {"rows": len(counts)} for name, counts in kinds.items() if counts}
+    found |= {name: spread(values) for name, values in figures.items() if values}
     listed = [f"{len(ids)} rows {note}, first {ids[0]!r}" for note, ids in notes.items() if ids]
     if len(examples) >= 20 and top[0][1] > 0.5:
         listed.append(f"{top[0][1]:.0%} of the answers are {top[0][0]!r}: always saying so would be right as often")
-    return {"figures": figures, "answers": {"distinct": len(answers), "most common": top}, "notes": listed}
+    return {"figures": found, "answers": {"distinct": len(answers), "most common": top}, "notes": listed}
 
 
 def evenly(num_rows: int, count: int) -> list[int]:
@@ -194,11 +191,11 @@ def main(config: CheckConfig) -> None:
         print(f"  bad: {line}")
     if len(loaded.skipped) > 50:
         print(f"  and {len(loaded.skipped) - 50} more bad rows; --report FILE.json lists all")
+    for path in (config.report, config.sheet):
+        Path(path or ".").parent.mkdir(parents=True, exist_ok=True)
     if config.report:
-        Path(config.report).parent.mkdir(parents=True, exist_ok=True)
         Path(config.report).write_text(json.dumps(report, ensure_ascii=False, indent=1))
     if config.sheet:
-        Path(config.sheet).parent.mkdir(parents=True, exist_ok=True)
         drawn = (loaded[index] for index in evenly(len(loaded), config.num_examples))
         draw_sheet(drawn, processor, config.system_prompt, Path(config.sheet))
         print(f"-> {config.sheet}")

@@ -10,7 +10,7 @@ import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, redirect_stderr, redirect_stdout
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import MISSING, field, fields
 from pathlib import Path
 from types import NoneType, UnionType
@@ -75,11 +75,10 @@ def _out_of_bounds(name: str, value, at_least=None, above=None, at_most=None, hi
     inside = (at_least is None or value >= at_least) and (above is None or value > above)
     if inside and (at_most is None or value <= at_most):
         return []
-    lowest = f"{at_least}" if above is None else f"more than {above}"
-    if at_most is not None:
-        valid = f"{lowest} to {at_most}" if above is None else f"{lowest}, at most {at_most}"
+    if above is not None:
+        valid = f"more than {above}" + (f", at most {at_most}" if at_most is not None else "")
     else:
-        valid = f"{lowest} or more" if above is None else lowest
+        valid = f"{at_least} or more" if at_most is None else f"{at_least} to {at_most}"
     return [f"{name}={value}: give {valid}" + (f" ({hint})" if hint else "")]
 
 
@@ -125,9 +124,7 @@ def read_jsonl(path: Path) -> list[tuple[str, dict]]:
         except (ValueError, RecursionError) as error:
             if number == len(lines):
                 break
-            raise ConfigError(
-                f"{str(path)!r}, line {number} is not JSON: {error}; give a file of JSON lines"
-            ) from error
+            raise ConfigError(f"{str(path)!r}, line {number} is not JSON: {error}; give JSON lines") from error
         if row is not None and not isinstance(row, dict):
             raise ConfigError(f"{str(path)!r}, line {number} is not a JSON object: {line[:60]!r}")
         if row is not None:
@@ -238,10 +235,8 @@ def _yaml_fields(path: Path) -> Iterator[tuple[str, str | list | None | tuple]]:
     text, depth = content.decode("utf-8-sig"), 0
     for event in yaml.parse(text, yaml.SafeLoader):
         depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
-        problem = None
-        if isinstance(event, yaml.AliasEvent):
-            problem = "aliases (*name) are not read"
-        elif getattr(event, "tag", None) is not None:
+        problem = "aliases (*name) are not read" if isinstance(event, yaml.AliasEvent) else None
+        if getattr(event, "tag", None) is not None:
             problem = f"tags ({event.tag:.60}) are not read"
         elif depth > MAX_DEPTH:
             problem = f"nested more than {MAX_DEPTH} deep"
@@ -296,9 +291,8 @@ def _yaml_arguments(path: Path, config_class: type, found: list[str]) -> tuple[l
 
 def _unknown(name: str, valid: list[str]) -> str:
     near = difflib.get_close_matches(name[:100], valid, n=2)
-    return f"unknown field {name!r:.100}" + (
-        f": did you mean {' or '.join(near)}?" if near else f"; valid: {', '.join(valid)}"
-    )
+    advice = f": did you mean {' or '.join(near)}?" if near else f"; valid: {', '.join(valid)}"
+    return f"unknown field {name!r:.100}{advice}"
 
 
 def resume_command() -> str:
@@ -321,20 +315,17 @@ def run_command(config_class: type, main: Callable) -> None:
     """
     name, rank = Path(sys.argv[0]).name, int(os.environ.get("LOCAL_RANK", 0))
     try:
-        with ExitStack() as stack:
-            if rank:
-                nowhere = stack.enter_context(open(os.devnull, "w", encoding="utf-8"))
-                stack.enter_context(redirect_stdout(nowhere))
-                stack.enter_context(redirect_stderr(nowhere))
-            main(read_config(config_class, sys.argv[1:]))
+        with open(os.devnull, "w", encoding="utf-8") as nowhere:
+            out, err = (nowhere, nowhere) if rank else (sys.stdout, sys.stderr)
+            with redirect_stdout(out), redirect_stderr(err):
+                main(read_config(config_class, sys.argv[1:]))
         return
     except UserError as error:
         problem = str(error)
     except KeyboardInterrupt:
         resumes = any(entry.name == "resume" for entry in fields(config_class))
-        problem = "interrupted; what was written stays: " + (
-            f"resume with {resume_command()}" if resumes else "the same command continues where it keeps rows"
-        )
+        how = f"resume with {resume_command()}" if resumes else "the same command continues where it keeps rows"
+        problem = f"interrupted; what was written stays: {how}"
     if rank:
         time.sleep(FIRST_RANK_SPEAKS)
         name = f"{name}, process {os.environ.get('RANK', rank)}"

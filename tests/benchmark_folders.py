@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 
 import datasets
+from conftest import write_jsonl
 from prepare_folders import encoded, write_card
 
 BUILDERS = {}
@@ -21,9 +22,10 @@ def example(identifier: str, question: str, answer: str, choices=None, answer_ty
     return (identifier, question, answer, choices, answer_type, list(boxes))
 
 
-def row(columns: str, **read) -> dict:
-    """A row with exactly these columns, separated by "|": those that the loader reads, and "..." in the others."""
-    return {column: read.get(column.replace(" ", "_"), "...") for column in columns.split("|")}
+def rows_of(columns: str, *reads: tuple, others: str) -> list[dict]:
+    """A row for each tuple of values of the columns, separated by "|", that the loader reads; "..." in the others."""
+    read = columns.split("|")
+    return [dict.fromkeys(others.split("|"), "...") | dict(zip(read, values, strict=True)) for values in reads]
 
 
 def embedded(color: str, path: str = "image.png") -> dict:
@@ -49,47 +51,46 @@ TABLE_CHOICES = ["24%", "13%", "12%", "11%", "This image doesn't feature the dat
 
 @builder
 def build_mme_realworld_lite(folder: Path) -> list:
-    columns = "Question_id|Image|Text|Question Type|Answer choices|Ground truth|Category|Subtask|Task"
     text = "What's the percentage of Operating Expenses in FY 2025 in this table?"
-    rows = []
-    for number, answer in enumerate("BE", 1):
-        read = {"Question_id": f"perception/table/000{number}", "Image": f"{number}.jpg", "Text": text}
-        rows.append(row(columns, Ground_truth=answer, Answer_choices=TABLE_OPTIONS, **read))
-        (folder / "data" / "imgs").mkdir(parents=True, exist_ok=True)
-        (folder / "data" / "imgs" / f"{number}.jpg").write_bytes(encoded("red", form="JPEG"))
+    reads = [(f"perception/table/000{n}", f"{n}.jpg", text, TABLE_OPTIONS, answer) for n, answer in enumerate("BE", 1)]
+    columns = "Question_id|Image|Text|Answer choices|Ground truth"
+    rows = rows_of(columns, *reads, others="Question Type|Category|Subtask|Task")
+    (folder / "data" / "imgs").mkdir(parents=True)
     (folder / "data" / "MME-RealWorld-Lite.json").write_text(json.dumps(rows, indent=4))
-    return [example(each["Question_id"], text, each["Ground truth"], TABLE_CHOICES) for each in rows]
+    for _, image, *_ in reads:
+        (folder / "data" / "imgs" / image).write_bytes(encoded("red", form="JPEG"))
+    return [example(name, text, answer, TABLE_CHOICES) for name, _, _, _, answer in reads]
 
 
 @builder
 def build_mme_realworld(folder: Path) -> list:
     """The Hub's copy for lmms-eval: pictures in base64."""
     question = "Where is the house with a yellow roof in the picture?"
-    options = ["(A) Left.", "(B) Right.", "(C) Top.", "(D) Bottom.", "(E) It is not there."]
+    choices = ["Left.", "Right.", "Top.", "Bottom.", "It is not there."]
+    options = [f"({letter}) {text}" for letter, text in zip("ABCDE", choices, strict=True)]
     picture = base64.b64encode(encoded("yellow", size=(400, 300), form="BMP")).decode()
-    columns = "index|bytes|question|multi-choice options|answer|category|l2-category"
-    rows = [row(columns, index=7, bytes=picture, question=question, answer="A") | {"multi-choice options": options}]
+    columns = "index|bytes|question|multi-choice options|answer"
+    rows = rows_of(columns, (7, picture, question, options, "A"), others="category|l2-category")
     hub_folder(folder, {"train": ("data/train-00000-of-00001.parquet", rows)}, images=())
-    return [example("7", question, "A", ["Left.", "Right.", "Top.", "Bottom.", "It is not there."])]
+    return [example("7", question, "A", choices)]
 
 
 @builder
 def build_m3cot(folder: Path) -> list:
-    columns = "id|category|image_id|question|choices|context|answer|rationale|split|image|domain|topic"
     choices, question = ["jump", "sleep, or rest", "eat"], "What is the animal about to do?"
-    rows = [
-        row(columns, id=f"physical-{number}", question=question, choices=choices, answer=answer, image=image)
-        for number, (answer, image) in enumerate([("A", embedded("red")), ("B", None), ("C", embedded("blue"))])
-    ]
+    images = (embedded("red"), None, embedded("blue"))
+    reads = [(f"physical-{n}", question, choices, "ABC"[n], image) for n, image in enumerate(images)]
+    others = "category|image_id|context|rationale|split|domain|topic"
+    rows = rows_of("id|question|choices|answer|image", *reads, others=others)
     files = {name: f"data/{name}-00000-of-00001.parquet" for name in ("train", "test")}
     hub_folder(folder, {"train": (files["train"], rows[:1]), "test": (files["test"], rows)})
-    return [example(each["id"], question, each["answer"], choices) for each in (rows[0], rows[2])]
+    return [example(f"physical-{n}", question, "ABC"[n], choices) for n in (0, 2)]
 
 
 @builder
 def build_vstar(folder: Path, count: int = 2) -> list:
     asked = "\nAnswer with the option's letter from the given choices directly."
-    lines, expected = [], []
+    lines, expected, choices = [], [], ["rubber", "cotton", "kevlar", "leather"]
     for number in range(count):
         category, letter = ("direct_attributes", "relative_position")[number % 2], "AB"[number % 2]
         image = f"{category}/sa_{number}.jpg"
@@ -102,9 +103,8 @@ def build_vstar(folder: Path, count: int = 2) -> list:
         text = f"{question}\n(A) rubber\n(B) cotton\n(C) kevlar\n(D) leather{asked}"
         lines.append({"text": text, "category": category, "label": letter, "question_id": str(number), "image": image})
         boxes = [] if number == 1 else [[4, 2, 19, 9]]
-        choices = ["rubber", "cotton", "kevlar", "leather"]
         expected.append(example(str(number), question, letter, choices, None, boxes))
-    (folder / "test_questions.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    write_jsonl(folder, *lines, name="test_questions.jsonl")
     return expected
 
 
@@ -116,11 +116,8 @@ def build_mmstar(folder: Path) -> list:
         "Question: How many snowmen are there?\nChoices:\n(A) 10\n(B) 15\n(C) 12\n(D) 20",
         "Look at the four pictures A to D. Which one is upside down?",
     ]
-    columns = "index|question|image|answer|category|l2_category|meta_info"
-    rows = [
-        row(columns, index=number, question=question, image=embedded("red", f"images/{number}.jpg"), answer="C")
-        for number, question in enumerate(questions)
-    ]
+    reads = [(n, question, embedded("red", f"images/{n}.jpg"), "C") for n, question in enumerate(questions)]
+    rows = rows_of("index|question|image|answer", *reads, others="category|l2_category|meta_info")
     hub_folder(folder, {"val": ("mmstar.parquet", rows)})
     first = ["The suitcase is on the book.", "3, 4, and 5", "A: no", "It"]
     return [
@@ -134,15 +131,12 @@ def build_mmstar(folder: Path) -> list:
 def build_mathvision(folder: Path) -> list:
     questions = ["How many triangles?\n<image1>", "Which picture?\n<image1>", "How long is the side?\n<image1>"]
     options = [["3", "$\\frac{9}{2}$"], ["A", "B", "C", "D", "E"], []]
-    columns = "id|question|options|image|decoded_image|answer|solution|level|subject"
-    rows = [
-        row(columns, id=number, question=question, options=given, answer=answer, decoded_image=embedded("red"))
-        for number, question, given, answer in zip("123", questions, options, ["B", "D", "\\frac{3}{2}"], strict=True)
-    ]
+    reads = list(zip("123", questions, options, ["B", "D", "\\frac{3}{2}"], [embedded("red")] * 3, strict=True))
+    rows = rows_of("id|question|options|answer|decoded_image", *reads, others="image|solution|level|subject")
     test, mini = ("test-00000-of-00001-3532b8d3f1b4047a", "testmini-00000-of-00001-f8ff70fcb2f29b1d")
     files = {"test": (f"data/{test}.parquet", rows), "testmini": (f"data/{mini}.parquet", rows[:1])}
     hub_folder(folder, files, images=("decoded_image",))
-    return [example(each["id"], each["question"], each["answer"], each["options"] or None, "math") for each in rows]
+    return [example(name, question, answer, given or None, "math") for name, question, given, answer, _ in reads]
 
 
 WEMATH_QUESTION = "What is the area of the flower bed (  ) m²?(π = 3.14)"
@@ -151,10 +145,10 @@ WEMATH_CHOICES = ["200.96", "3215.36", "6280", "32", "No correct answer"]
 
 def _wemath_rows(image) -> tuple[list[dict], list]:
     """Two rows of one id with this picture, and the examples that they are."""
-    columns = "ID|split|knowledge concept|question|option|answer|image_path|key|question number"
-    read = {"ID": "3steps_165", "question": WEMATH_QUESTION, "image_path": image, "answer": "B"}
     option, keys = "A. 200.96;B. 3215.36;C. 6280;D. 32; E. No correct answer", ("3steps_1", "3steps_multi")
-    rows = [row(f"{columns}|knowledge concept description", key=key, option=option, **read) for key in keys]
+    reads = [("3steps_165", WEMATH_QUESTION, option, "B", image, key) for key in keys]
+    others = "split|knowledge concept|question number|knowledge concept description"
+    rows = rows_of("ID|question|option|answer|image_path|key", *reads, others=others)
     return rows, [example(f"3steps_165@{key}", WEMATH_QUESTION, "B", WEMATH_CHOICES) for key in keys]
 
 
@@ -208,14 +202,12 @@ def build_ai2d(folder: Path) -> list:
 
 @builder
 def build_charxiv(folder: Path) -> list:
-    columns = "image|category|year|original_figure_path|original_id|figure_path|num_subplots|descriptive_q1"
-    columns += "|descriptive_a1|reasoning_q|reasoning_q_source|reasoning_a|reasoning_a_type"
+    others = "category|year|original_figure_path|figure_path|num_subplots|descriptive_q1|descriptive_a1"
+    others += "|reasoning_q_source|reasoning_a_type"
     asked = [("2004.03856", "Which model is best?", "Joint-CNN"), ("2004.03856", "Which plot?", "A")]
     asked.append(("2004.10956", "How many points lie above 0.95?", "2"))
-    rows = [
-        row(columns, image=embedded("red"), original_id=figure, reasoning_q=question, reasoning_a=answer)
-        for figure, question, answer in asked
-    ]
+    reads = [(*each, embedded("red")) for each in asked]
+    rows = rows_of("original_id|reasoning_q|reasoning_a|image", *reads, others=others)
     hub_folder(folder, {"validation": ("val.parquet", rows), "test": ("test.parquet", rows[:1])})
     names = ("2004.03856#0", "2004.03856#1", "2004.10956")
     return [example(name, text + SHORT, answer) for name, (_, text, answer) in zip(names, asked, strict=True)]

@@ -6,6 +6,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from selenium.webdriver import ActionChains, Chrome, ChromeOptions
+from selenium.webdriver.chrome.service import Service
 
 FLAGS = (
     "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
@@ -25,9 +27,6 @@ def require_chromium() -> tuple[str, str]:
 @contextmanager
 def open_browser(profile: Path):
     """A Selenium driver of a Chromium with an empty profile, which logs its console and all that it asks for."""
-    from selenium.webdriver import Chrome, ChromeOptions
-    from selenium.webdriver.chrome.service import Service
-
     binary, driver = require_chromium()
     options = ChromeOptions()
     options.binary_location = binary
@@ -76,8 +75,6 @@ def text_of(browser, node) -> str:
 
 def actions(browser):
     """Selenium's chain of pointer and key actions, without delays."""
-    from selenium.webdriver import ActionChains
-
     return ActionChains(browser, duration=0)
 
 
@@ -91,9 +88,3 @@ def point(browser, node) -> None:
 
 def focus(browser, selector: str, index: int = 0) -> None:
     browser.execute_script("arguments[0].focus()", find(browser, selector)[index])
-
-
-def keys():
-    from selenium.webdriver.common.keys import Keys
-
-    return Keys

@@ -57,8 +57,7 @@ class _Lazy(dict):
         self.make = make
 
     def __missing__(self, key):
-        self[key] = self.make(key)
-        return self[key]
+        return self.setdefault(key, self.make(key))
 
 
 @pytest.fixture(scope="session")
@@ -76,6 +75,14 @@ def policies(model_folders):
 @pytest.fixture(scope="session")
 def policy(policies):
     return policies["qwen3_vl"]
+
+
+@pytest.fixture(scope="session")
+def saved_adapter(model_folders, tmp_path_factory) -> str:
+    """The folder of an adapter of the embedded policy that says other things than it."""
+    folder = tmp_path_factory.mktemp("adapter")
+    adapted(model_folders["qwen3_vl"], 0.3, lora_rank=2)[0].save_pretrained(folder, save_embedding_layers=False)
+    return str(folder)
 
 
 @pytest.fixture(scope="session")
@@ -104,14 +111,11 @@ def group_of(policies, examples):
     """group_of(family, index) -> (model, processor, prompt, completions of unequal lengths)."""
 
     def make(family: str = "qwen3_vl", index: int = 0, lengths=(7, 1, 12, 4)):
-        model, processor = policies[family]
-        prompt = encode_prompt(processor, examples[index])
-        return model, processor, prompt, ragged_completions(processor, lengths)
+        processor = policies[family][1]
+        return *policies[family], encode_prompt(processor, examples[index]), ragged_completions(processor, lengths)
 
     return make
 
-
-# --- rows of example files ---------------------------------------------------------------------------------------
 
 WIDTH, HEIGHT = 40, 30
 GOOD = {"image": "a.png", "question": "What color?", "answer": "red", "boxes": [[1, 2, 30, 20]]}
@@ -163,9 +167,6 @@ class Opens:
         return open, (str(self.path), "w")
 
 
-# --- the report's page ---------------------------------------------------------------------------------------------
-
-
 @pytest.fixture(scope="session")
 def browser(tmp_path_factory):
     with open_browser(tmp_path_factory.mktemp("profile")) as browser:
@@ -187,8 +188,8 @@ def show(browser, tmp_path):
 
     yield open_page
     messages = [entry["message"] for entry in browser.get_log("browser")]
-    messages = [message for message in messages if "willReadFrequently" not in message]  # advice for these tests
-    assert messages == []  # no error, and no violation of the page's policy
+    # No error, and no violation of the page's policy; willReadFrequently is advice for these tests.
+    assert [message for message in messages if "willReadFrequently" not in message] == []
     asked = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
     asked = [entry["params"]["request"]["url"] for entry in asked if entry["method"] == "Network.requestWillBeSent"]
     assert asked and all(re.match(r"data:image/|file://.*/report\.html$|about:blank$", url) for url in asked)

@@ -57,10 +57,8 @@ def report_of(examples: list[dict], policies=("base", "adapter")) -> dict:
 
 BASE = looking_at(["The", " red", " one"], [[5, 5, 5], [0, 4, 2]], False)
 ADAPTER = looking_at(["It", " is", " at", " the", " top"], [[3] * 5, [1, 5, 0, 3, 4]], True)
-PLAIN = report_of(
-    [example_of("What color?", [BASE, ADAPTER]), example_of("Second?", [ADAPTER, BASE])]
-    + [example_of("Third?", [ADAPTER, ADAPTER])]
-)
+ANSWERS = {"What color?": [BASE, ADAPTER], "Second?": [ADAPTER, BASE], "Third?": [ADAPTER, ADAPTER]}
+PLAIN = report_of([example_of(*pair) for pair in ANSWERS.items()])
 
 
 def brightest_cells(browser) -> list[int | None]:

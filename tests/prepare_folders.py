@@ -1,7 +1,7 @@
 """Small public datasets as they lie on disk, and what the preparation scripts make of them.
 
-Each build_... gives where it is, the rows to keep as {id: (question, answer, boxes, encoded picture)}, and the ids of
-the rows to drop by reason.
+Each build_... gives fields of the config that reads it, the rows to keep as {id: (question, answer, boxes, encoded
+picture)}, and the ids of the rows to drop by reason.
 """
 
 import io
@@ -63,7 +63,6 @@ def gqa_question(image: str, asked="Is the cat left of the dog?", said="yes", /,
 
 
 def build_gqa(folder: Path, num_plain: int = 40) -> tuple[dict, dict, dict]:
-    """GQA's files; the first result holds the fields of GqaConfig."""
     images = folder / "images"
     images.mkdir(parents=True)
     sides = {"11": (1, 2, 10, 12), "12": (20, 3, 15, 20), "13": (0, 0, 41, 30)}
@@ -133,8 +132,7 @@ def write_card(folder: Path, features: datasets.Features, files: list[dict[str, 
     (folder / "README.md").write_text(f"---\n{card}\n---\n")
 
 
-def build_refocus(folder: Path, num_plain: int = 30) -> tuple[str, dict, dict]:
-    """A copy of ReFocus_Data; the first result is its folder."""
+def build_refocus(folder: Path, num_plain: int = 30) -> tuple[dict, dict, dict]:
     chart = {"x1": [5.0, 20.0], "y1": [1.0, 1.0], "x2": [9.0, 30.5], "y2": [20.0, 20.0]}
     others = {"thoughts": ["Look at the bars."], "edited_image": {"bytes": encoded("green"), "path": "edited.png"}}
     others |= {"source": "chartqa_v_bar", "split": "train", "x_values": ["a", "b"]}
@@ -145,9 +143,8 @@ def build_refocus(folder: Path, num_plain: int = 30) -> tuple[str, dict, dict]:
         read = {"id": identifier, "question": question or f"How many for {identifier}?", "answer": answer}
         return others | read | {"image": {"bytes": picture, "path": path}, "focus_areas_bbox": areas}
 
-    rows: list[dict] = []
-    for index in range(num_plain):
-        rows.append(row(f"plain {index}"))
+    rows: list[dict] = []  # its length is in the color of a picture
+    rows.extend(row(f"plain {index}") for index in range(num_plain))
     turned = encoded("blue", form="JPEG", orientation=6)
     rows.append(row("jpeg", turned, {"x1": [1], "y1": [1], "x2": [29], "y2": [39]}))
     rows.append(row("same picture", encoded("rgb(0, 9, 9)"), chart))  # bytes of "plain 0"
@@ -165,11 +162,12 @@ def build_refocus(folder: Path, num_plain: int = 30) -> tuple[str, dict, dict]:
     kept["plain 1"] = ("Another question?", *kept["plain 1"][1:3], bad["duplicate id"]["image"]["bytes"])
     dataset = datasets.Dataset.from_list(rows + list(bad.values()))
     dataset = dataset.cast_column("image", datasets.Image()).cast_column("edited_image", datasets.Image())
-    return push_to_folder(dataset, folder), kept, {reason: [entry["id"]] for reason, entry in bad.items()}
+    dropped = {reason: [entry["id"]] for reason, entry in bad.items()}
+    return {"data": push_to_folder(dataset, folder)}, kept, dropped
 
 
-def build_saliency(folder: Path, box_type=str, **names) -> tuple[str, dict, dict]:
-    """A copy of saliency-r1-8k, its boxes as text or lists, `names` for its columns; the first result is its folder."""
+def build_saliency(folder: Path, box_type=str, **names) -> tuple[dict, dict, dict]:
+    """Its boxes as text or lists, `names` for its columns."""
     rows, kept, dropped = [], {}, {}
     for number, (box, expected) in enumerate(SALIENCY):
         picture = encoded(f"hsl({number * 30}, 80%, 50%)", (200, 100))
@@ -183,7 +181,14 @@ def build_saliency(folder: Path, box_type=str, **names) -> tuple[str, dict, dict
         else:
             kept[str(number)] = (row["problem"], "Yes", expected, picture)
     dataset = datasets.Dataset.from_list(rows).cast_column(names.get("image", "image"), datasets.Image())
-    return push_to_folder(dataset, folder), kept, dropped
+    return {"data": push_to_folder(dataset, folder)}, kept, dropped
+
+
+def build_mixture(folder: Path) -> tuple[dict, dict, dict]:
+    parts = {"gqa": build_gqa(folder / "gqa"), "refocus": build_refocus(folder / "refocus")}
+    fields = {f"gqa_{name}": path for name, path in parts["gqa"][0].items()} | {"refocus": parts["refocus"][0]["data"]}
+    rows = {f"{part}:{key}": row for part, (_, rows, _) in parts.items() for key, row in rows.items()}
+    return fields, rows, {part: dropped for part, (*_, dropped) in parts.items()}
 
 
 def visual_cot_line(dataset: str, image: str, question: str, answer="Yes", bboxs=None, **more) -> dict:
@@ -193,27 +198,20 @@ def visual_cot_line(dataset: str, image: str, question: str, answer="Yes", bboxs
 
 
 def build_visual_cot(folder: Path) -> tuple[dict, dict, dict]:
-    """Metadata as on the Hub and pictures as in its archive; the first result holds the fields of VisualCotConfig."""
+    """Metadata as on the Hub and pictures as in its archive."""
     line, picture, images, metadata = visual_cot_line, encoded(form="JPEG"), folder / "images", folder / "hub/metadata"
     for name in ("cub/001.Albatross/a.jpg", "cot/vsr/1.jpg", "gqa/2.jpg", "textvqa/3.jpg", "gqa/cut.jpg"):
         (images / name).parent.mkdir(parents=True, exist_ok=True)
         (images / name).write_bytes(picture[:60] if "cut" in name else picture)
+    changes = [{"image": "missing.jpg"}, {"image": "cut.jpg"}, {"bboxs": []}, {"bboxs": [[30, 4, 70, 9]]}]
+    changes += [{"width": 500}, {"answer": None}, {"bboxs": 3}]
+    bad = [line("gqa", "2.jpg", f"{number}?") | change for number, change in enumerate(changes)]
     albatross, pair = "001.Albatross/a.jpg", [BOX, [0, 0, 40, 30]]
     files = {
         "cub": [line("cub", albatross, "Grey forehead?"), line("cub", albatross, "Blue?", "No")],
         "vsr": [line("vsr", "1.jpg", "Under?", bboxs=pair), line("vsr", "1.jpg", "Under?")],
         "textcap": [line("textcap", "3.jpg", "What is written?", "stop", ocr=["stop"])],
-        "gqa": [
-            line("gqa", "2.jpg", "Where?", "left", full_answer="It is left."),
-            line("gqa", "missing.jpg", "A?"),
-            line("gqa", "cut.jpg", "B?"),
-            line("gqa", "2.jpg", "C?", bboxs=[]),
-            line("gqa", "2.jpg", "D?", bboxs=[[30, 4, 70, 9]]),
-            line("gqa", "2.jpg", "E?", width=500),
-            line("gqa", "2.jpg", "F?", answer=None),
-            line("gqa", "2.jpg", "G?", bboxs=3),
-            "not JSON",
-        ],
+        "gqa": [line("gqa", "2.jpg", "Where?", "left", full_answer="It is left."), *bad, "not JSON"],
     }
     metadata.mkdir(parents=True)
     for name, rows in files.items():

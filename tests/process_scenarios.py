@@ -38,13 +38,11 @@ SMALL = small_run.SMALL | {"eval_limit": 3, "warmup_steps": 0, "try_biggest": Fa
 def launch(scenario: str, folder: Path, *, launcher: tuple = ("--num_processes", "2"), **settings):
     """A started `accelerate launch`; settings are those of train_rl.Config, SMALL by default."""
     flags = [f"--{name}={value}" for name, value in (SMALL | {"output_dir": folder} | settings).items()]
-    if "--config_file" not in launcher and launcher != ONE:
-        launcher = ("--multi_gpu", *launcher)
-    if "--main_process_port" not in launcher:
-        launcher = ("--main_process_port", "0", *launcher)
-    command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", *launcher, __file__, scenario]
+    multi_gpu = ["--multi_gpu"] * ("--config_file" not in launcher and launcher != ONE)
+    port = [] if "--main_process_port" in launcher else ["--main_process_port", "0"]
+    command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", *multi_gpu, *port, *launcher]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "encoding": "utf-8"}
-    return subprocess.Popen([*command, *flags], env=os.environ | {"OMP_NUM_THREADS": "1"}, **pipes)
+    return subprocess.Popen([*command, __file__, scenario, *flags], env=os.environ | {"OMP_NUM_THREADS": "1"}, **pipes)
 
 
 def free_port() -> int:
@@ -77,7 +75,9 @@ def succeeded(process: subprocess.Popen, timeout: float = 300) -> subprocess.Com
     return result
 
 
-# --- what happens ---------------------------------------------------------------------------------------------------
+def existing(folder: str) -> Path:
+    Path(folder).mkdir(exist_ok=True)  # on a second machine there is none
+    return Path(folder)
 
 
 def watch() -> None:
@@ -88,9 +88,7 @@ def watch() -> None:
         before = torch.cat([parameter.detach().flatten() for parameter in parameters])
         average(parameters, accelerator)
         seen.append((before, torch.cat([parameter.grad.flatten() for parameter in parameters])))
-        folder = Path(accelerator.project_dir)
-        folder.mkdir(exist_ok=True)  # on a second machine there is none
-        torch.save(seen, folder / f"watched-{RANK}.pt")
+        torch.save(seen, existing(accelerator.project_dir) / f"watched-{RANK}.pt")
 
     train_rl.average_gradients = watching
 
@@ -171,9 +169,7 @@ def in_step(number: int, process: int, action) -> None:
 
     def stepping(model, *arguments):
         if arguments[3] + 1 == number and process == RANK:
-            folder = Path(arguments[4].output_dir)
-            folder.mkdir(exist_ok=True)  # on a second machine there is none
-            (folder / "when").write_text(str(time.time()), encoding="utf-8")
+            (existing(arguments[4].output_dir) / "when").write_text(str(time.time()), encoding="utf-8")
             action(model)
         return step(model, *arguments)
 
@@ -190,18 +186,12 @@ def raising(error: Exception):
 def drift(model) -> None:
     """One weight changes in its last bit."""
     weight = next(parameter for parameter in model.parameters() if parameter.requires_grad)
-    with torch.no_grad():
-        weight.view(torch.int32).flatten()[0] += 1
+    weight.data.view(torch.int32).flatten()[0] += 1
 
 
-def same_mistake() -> None:
-    train_rl.load_examples = raising(ConfigError("every process has this problem"))
-
-
-def bytes_here(model) -> int:
-    """Bytes of the weights that this process holds."""
-    local = [weight.to_local() if isinstance(weight, DTensor) else weight for weight in model.parameters()]
-    return sum(weight.nbytes for weight in local)
+def bytes_of(weights) -> int:
+    """Bytes of what this process holds of weights."""
+    return sum((weight.to_local() if isinstance(weight, DTensor) else weight).nbytes for weight in weights)
 
 
 def shares() -> None:
@@ -211,7 +201,7 @@ def shares() -> None:
 
     def sampled(model, *arguments, **options):
         groups = sample(model, *arguments, **options)
-        sizes["sampling"] = bytes_here(model)
+        sizes["sampling"] = bytes_of(model.parameters())
         return groups
 
     def measured(model, *arguments):
@@ -219,7 +209,7 @@ def shares() -> None:
         layers = base_model(model).model.get_decoder().layers.parameters()
         sizes["layers"] = sum(weight.nbytes for weight in layers if not weight.requires_grad)
         sizes["whole"] = sum(weight.nbytes for weight in model.parameters())
-        sizes["here"] = bytes_here(model)
+        sizes["here"] = bytes_of(model.parameters())
         (Path(arguments[4].output_dir) / f"shares-{RANK}.json").write_text(json.dumps(sizes))
         return result
 
@@ -256,7 +246,7 @@ SCENARIOS = {
     "kill": lambda: in_step(2, 1, lambda _: os.kill(os.getpid(), signal.SIGKILL)),
     "hang": hang,
     "drift": lambda: in_step(2, 1, drift),
-    "same_mistake": same_mistake,
+    "same_mistake": lambda: setattr(train_rl, "load_examples", raising(ConfigError("every process has this problem"))),
     "other_disk": other_disk,
     "shares": shares,
     "shares_without_waiting": shares_without_waiting,

@@ -7,7 +7,7 @@ from pathlib import Path
 import small_run
 import torch
 
-from sayo.run.files import remove, step_of
+from sayo.run.files import damage, remove, step_of
 
 SMALL = small_run.SMALL | {"max_new_tokens": 12, "save_steps": 1, "eval_limit": 2}
 SMALL |= {"lr_scheduler": "cosine", "try_biggest": False}
@@ -74,10 +74,8 @@ def what_it_left(folder: Path) -> dict[str, bytes]:
             files[name] = json.dumps(small_run.rows_of(folder)).encode()
         elif path.name == "state.pt":
             files[name] = as_bytes(torch.load(path, weights_only=True))
-        elif path.name == "manifest.json":
-            sealed = json.loads(path.read_text())["files"]
-            del sealed["state.pt"]
-            files[name] = json.dumps(sealed).encode()
+        elif path.name == "manifest.json":  # has the sum of state.pt
+            files[name] = str(damage(path.parent)).encode()
         elif name not in ("config.yaml", ".lock"):
             files[name] = path.read_bytes()
     return files
@@ -87,10 +85,9 @@ def as_bytes(state) -> bytes:
     """All bits of a saved state. Not those of its file: a pickle tells a string that was loaded from a constant."""
     if isinstance(state, torch.Tensor):
         return f"{state.dtype}{list(state.shape)}".encode() + state.contiguous().view(-1).numpy().tobytes()
-    if isinstance(state, dict):
-        return b"{" + b",".join(f"{key!r}:".encode() + as_bytes(value) for key, value in state.items()) + b"}"
-    if isinstance(state, list | tuple):
-        return b"[" + b",".join(map(as_bytes, state)) + b"]"
+    if isinstance(state, dict | list | tuple):
+        parts = state.items() if isinstance(state, dict) else state
+        return b"[" + b",".join(map(as_bytes, parts)) + b"]"
     return repr(state).encode()
 
 

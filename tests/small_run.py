@@ -3,19 +3,8 @@
 import json
 from pathlib import Path
 
-SMALL = {
-    "data": "scenes",
-    "limit": 20,
-    "max_steps": 4,
-    "groups_per_step": 2,
-    "num_generations": 3,
-    "max_new_tokens": 24,
-    "save_steps": 2,
-    "eval_limit": 4,
-    "lora_rank": 2,
-    "learning_rate": 1e-3,
-    "report_to": "none",
-}
+SMALL = {"data": "scenes", "limit": 20, "max_steps": 4, "groups_per_step": 2, "num_generations": 3, "save_steps": 2}
+SMALL |= {"max_new_tokens": 24, "eval_limit": 4, "lora_rank": 2, "learning_rate": 1e-3, "report_to": "none"}
 
 
 def run(folder, **settings) -> list[dict]:

@@ -26,37 +26,18 @@ from visualize import VisualizeConfig
 ROOT = Path(__file__).parents[1]
 SETTINGS = ROOT / "docs/settings.md"
 PAGES = {path.name: path.read_text(encoding="utf-8") for path in (ROOT / "README.md", *(ROOT / "docs").glob("*.md"))}
-GROUPS = {
-    "Policy and data": PolicyConfig,
-    "Sampling": SamplingConfig,
-    "Rewards": RewardConfig,
-    "Regions": RegionsConfig,
-    "Training": Config,
-}
-SCRIPTS = {
-    "evaluate.py": EvaluateConfig,
-    "visualize.py": VisualizeConfig,
-    "rollout.py": RolloutConfig,
-    "reward.py": ScoreConfig,
-}
-INTRODUCTION = """# Settings
-
-A setting is a flag (`--max_steps 200`) and a field of a YAML file (`max_steps: 200`, read with `--config FILE.yaml`);
-the flag wins. A boolean flag can stand alone (`--resume`) or take a value (`--try_biggest false`). A list takes several
-values (`--index 8 9 10`). Unknown names, wrong types and invalid values are reported together, before anything loads.
-
-The first five tables are the settings of `train_rl.py`. The other scripts share some of these groups and add or change
-the flags in their own table. The commands of `tools` and `data` list theirs with `--help`.
-
-<!-- written by pytest tests/test_docs.py from the config classes -->
-"""
+GROUPS = {"Policy and data": PolicyConfig, "Sampling": SamplingConfig, "Rewards": RewardConfig}
+GROUPS |= {"Regions": RegionsConfig, "Training": Config}
+SCRIPTS = {"evaluate.py": EvaluateConfig, "visualize.py": VisualizeConfig}
+SCRIPTS |= {"rollout.py": RolloutConfig, "reward.py": ScoreConfig}
+WRITTEN = "<!-- written by pytest tests/test_docs.py from the config classes -->\n\n"
 
 
 # --- settings.md -------------------------------------------------------------------------------------------------
 
 
 def settings_page() -> str:
-    """docs/settings.md: a table for each group of Config's fields, then one for what each other script adds."""
+    """docs/settings.md below its introduction: a table for each group of Config's fields, then one for each script."""
     groups, seen = {}, set()
     for title, declared_in in reversed(GROUPS.items()):
         groups[title] = [entry for entry in fields(Config) if entry.name in declared_in.__annotations__]
@@ -66,7 +47,7 @@ def settings_page() -> str:
     tables = [table(title, groups[title]) for title in GROUPS]
     for script, config in SCRIPTS.items():
         tables.append(table(f"`{script}`", [entry for entry in fields(config) if entry.name in config.__annotations__]))
-    return "\n".join([INTRODUCTION, *tables])
+    return "\n".join(tables)
 
 
 def table(title: str, entries: list) -> str:
@@ -77,10 +58,9 @@ def table(title: str, entries: list) -> str:
         shown = "none" if value in (None, "") else f"`{value}`"
         if entry.name == "system_prompt":
             shown = "`SYSTEM_PROMPT` of `sayo/model/prompts.py`"
-        choices = "`, `".join(entry.metadata["choices"] or ())
-        text = entry.metadata["help"].replace("|", r"\|").replace("<", r"\<") + (
-            f" One of `{choices}`." * bool(choices)
-        )
+        text = entry.metadata["help"].replace("|", r"\|").replace("<", r"\<")
+        if choices := "`, `".join(entry.metadata["choices"] or ()):
+            text += f" One of `{choices}`."
         names = "`, `".join([entry.name, *(alias.lstrip("-") for alias in entry.metadata["aliases"])])
         rows.append(f"| `{names}` | {shown} | {text} |")
     return "\n".join(rows) + "\n"
@@ -88,9 +68,10 @@ def table(title: str, entries: list) -> str:
 
 def test_every_setting_is_listed_with_its_default():
     """The page is written from the dataclasses, so a new flag only needs this test to run."""
-    page = settings_page()
-    if not SETTINGS.exists() or SETTINGS.read_text(encoding="utf-8") != page:
-        SETTINGS.write_text(page, encoding="utf-8")
+    page, (introduction, mark, before) = settings_page(), PAGES["settings.md"].partition(WRITTEN)
+    assert mark
+    if before != page:
+        SETTINGS.write_text(introduction + mark + page, encoding="utf-8")
     training, _, rest = page.partition("## `evaluate.py`")
     assert sorted(re.findall(r"^\| `(\w+)`", training, re.MULTILINE)) == sorted(entry.name for entry in fields(Config))
     for script, config in SCRIPTS.items():

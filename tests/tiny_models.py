@@ -1,17 +1,8 @@
 """Tiny random models of the real classes with their real processor classes, one builder for each family."""
 
 import torch
-from transformers import (
-    AutoConfig,
-    AutoModelForImageTextToText,
-    AutoProcessor,
-    InternVLProcessor,
-    PreTrainedTokenizerFast,
-    Qwen2_5_VLProcessor,
-    Qwen2VLImageProcessor,
-    Qwen2VLVideoProcessor,
-    SmolVLMProcessor,
-)
+import transformers
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, PreTrainedTokenizerFast
 from transformers.models.got_ocr2.image_processing_got_ocr2 import GotOcr2ImageProcessor
 from transformers.models.internvl.video_processing_internvl import InternVLVideoProcessor
 from transformers.models.smolvlm.image_processing_smolvlm import SmolVLMImageProcessor
@@ -73,14 +64,11 @@ def _qwen_ids(tokenizer) -> dict:
 
 def build_qwen2_5_vl(folder) -> str:
     qwen3 = AutoProcessor.from_pretrained(EMBEDDED_POLICY)
-    processor = Qwen2_5_VLProcessor(
-        image_processor=Qwen2VLImageProcessor(
-            patch_size=14, merge_size=2, size={"shortest_edge": 28 * 28, "longest_edge": 28 * 28 * 200}
-        ),
-        tokenizer=qwen3.tokenizer,
-        video_processor=Qwen2VLVideoProcessor(patch_size=14, merge_size=2),
-        chat_template=qwen3.chat_template,
-    )
+    patches = {"patch_size": 14, "merge_size": 2}
+    area = {"shortest_edge": 28 * 28, "longest_edge": 28 * 28 * 200}
+    pictures = transformers.Qwen2VLImageProcessor(**patches, size=area)
+    videos, chat = transformers.Qwen2VLVideoProcessor(**patches), qwen3.chat_template
+    processor = transformers.Qwen2_5_VLProcessor(pictures, qwen3.tokenizer, videos, chat_template=chat)
     vision = QWEN_VISION | {"patch_size": 14, "spatial_merge_size": 2, "window_size": 56, "fullatt_block_indexes": [1]}
     rope = TEXT["rope_parameters"] | {"mrope_section": [2, 3, 3]}
     config = {"model_type": "qwen2_5_vl", "text_config": {"rope_parameters": rope}, "vision_config": vision}
@@ -103,15 +91,10 @@ def build_internvl(folder) -> str:
     tokenizer = _tokenizer(
         start_image_token="<img>", end_image_token="</img>", context_image_token="<IMG_CONTEXT>", video_token="<video>"
     )
-    processor = InternVLProcessor(
-        image_processor=GotOcr2ImageProcessor(
-            size={"height": 84, "width": 84}, crop_to_patches=True, min_patches=1, max_patches=6
-        ),
-        tokenizer=tokenizer,
-        video_processor=InternVLVideoProcessor(size={"height": 84, "width": 84}),
-        image_seq_length=9,
-        chat_template=CHAT.replace("IMAGE", "<IMG_CONTEXT>\n"),
-    )
+    tile, chat = {"height": 84, "width": 84}, CHAT.replace("IMAGE", "<IMG_CONTEXT>\n")
+    pictures = GotOcr2ImageProcessor(size=tile, crop_to_patches=True, min_patches=1, max_patches=6)
+    videos, options = InternVLVideoProcessor(size=tile), {"image_seq_length": 9, "chat_template": chat}
+    processor = transformers.InternVLProcessor(pictures, tokenizer, videos, **options)
     vision = VISION | {"image_size": [84, 84], "patch_size": [14, 14]}
     config = {"model_type": "internvl", "text_config": {"model_type": "qwen3"}, "vision_config": vision}
     config |= {"image_seq_length": 9, "image_token_id": tokenizer.convert_tokens_to_ids("<IMG_CONTEXT>")}
@@ -122,21 +105,13 @@ def build_smolvlm(folder, tile: int = 64, patch: int = 8, scale_factor: int = 2)
     """Tiles of 64 x 64 pixels, sixteen tokens each, at most 3 x 3 of them and a thumbnail."""
     num_tokens = (tile // patch // scale_factor) ** 2
     markers = {f"row_{row}_col_{column}": f"<row_{row}_col_{column}>" for row in (1, 2, 3) for column in (1, 2, 3)}
-    tokenizer = _tokenizer(
-        image_token="<image>",
-        fake_image_token="<fake_token_around_image>",
-        global_image_token="<global-img>",
-        end_of_utterance_token="<end_of_utterance>",
-        **markers,
-    )
+    names = {"image_token": "<image>", "fake_image_token": "<fake_token_around_image>"}
+    names |= {"global_image_token": "<global-img>", "end_of_utterance_token": "<end_of_utterance>"}
+    tokenizer = _tokenizer(**names, **markers)
     sizes = {"size": {"longest_edge": 3 * tile}, "max_image_size": {"longest_edge": tile}}
-    processor = SmolVLMProcessor(
-        image_processor=SmolVLMImageProcessor(**sizes),
-        tokenizer=tokenizer,
-        video_processor=SmolVLMVideoProcessor(**sizes),
-        image_seq_len=num_tokens,
-        chat_template=CHAT.replace("IMAGE", "<image>"),
-    )
+    parts = SmolVLMImageProcessor(**sizes), tokenizer, SmolVLMVideoProcessor(**sizes)
+    chat = CHAT.replace("IMAGE", "<image>")
+    processor = transformers.SmolVLMProcessor(*parts, image_seq_len=num_tokens, chat_template=chat)
     vision = VISION | {"image_size": tile, "patch_size": patch}
     config = {"model_type": "smolvlm", "text_config": {"model_type": "llama"}, "vision_config": vision}
     config |= {"scale_factor": scale_factor, "image_token_id": tokenizer.convert_tokens_to_ids("<image>")}

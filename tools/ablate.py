@@ -17,12 +17,9 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from threading import Event
 
 from tqdm import tqdm
 
@@ -84,20 +81,15 @@ class AblateConfig(Settings):
     output_dir: str = option("docs/ablation", "Folder of the finished runs' JSON files, the table and the figure.")
     work_dir: str = option("runs/ablation", "Folder of checkpoints and logs; delete it when the grid is done.")
     only: list[str] | None = option(None, "Rows of the grid: some of tools.ablate.GRID. All by default.")
-    seeds: int = option(
-        5, "Runs of each row, seeds 0, 1, ...; the base has one, since nothing of it is random.", at_least=1
-    )
+    seeds: int = option(5, "Seeds of each row, 0 and up; the base has one, since nothing of it is random.", at_least=1)
     max_steps: int = option(100, "Optimizer steps of each run.", at_least=1)
-    limit: int = option(1000, "Examples of each of the three sets.", at_least=1)
+    limit: int = option(1000, "Examples of each set.", at_least=1, at_most=min(map(DEFAULT_SIZES.get, SETS)))
     processes: int = option(2, "Runs at a time, one thread each.", at_least=1)
     report: bool = option(False, "Only write table, figure and claims, from the finished runs.")
     run: str | None = option(None, "Do this one run in this process: row/seed, such as attention/3.")
 
     def problems(self) -> list[str]:
-        found = super().problems()
-        known, largest = ", ".join(GRID), min(DEFAULT_SIZES[name] for name in SETS)
-        if self.limit > largest:
-            found.append(f"limit={self.limit}: each of the sets has {largest} examples; give that or fewer")
+        found, known = super().problems(), ", ".join(GRID)
         found += [f"only={name!r}: rows of the grid are {known}" for name in self.only or () if name not in GRID]
         name, _, seed = (self.run or "base/0").partition("/")
         if name not in GRID or not seed.isdecimal():
@@ -111,6 +103,9 @@ class AblateConfig(Settings):
 
     def result(self, name: str, seed: int) -> Path:
         return Path(self.output_dir) / "runs" / f"{name}-{seed}.json"
+
+    def log(self, name: str, seed: int) -> Path:
+        return Path(self.work_dir) / f"{name}-{seed}.log"
 
 
 def train(name: str, seed: int, config: AblateConfig) -> tuple[str, dict, float]:
@@ -182,24 +177,13 @@ def _rounded(value: float | None) -> float | None:
     return None if value is None or value != value else round(value, 5)
 
 
-def start_run(name: str, seed: int, config: AblateConfig, at_work: set, stopped: Event) -> str | None:
-    """One run in a child process with one thread; None, or what went wrong and where its log is."""
-    log = Path(config.work_dir) / f"{name}-{seed}.log"
+def start_run(name: str, seed: int, config: AblateConfig) -> subprocess.Popen:
+    """Begin one run in a child process with one thread. Raises OSError where its log cannot be written."""
     command = [sys.executable, "-m", "tools.ablate", "--run", f"{name}/{seed}", "--output_dir", config.output_dir]
     command += ["--work_dir", config.work_dir, "--max_steps", str(config.max_steps), "--limit", str(config.limit)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(ROOT)}
-    try:
-        log.parent.mkdir(parents=True, exist_ok=True)
-        with log.open("a", encoding="utf-8") as file:
-            process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=environment)
-            at_work.add(process)
-            if stopped.is_set():  # run_missing may have terminated all of at_work before this process was in it
-                process.terminate()
-            code = process.wait()
-            at_work.discard(process)
-    except OSError as error:  # such as a full disk; go on with the other runs
-        return f"{name}/{seed} could not be started: {error}"
-    return f"{name}/{seed} ended with exit code {code}: see {log}" if code else None
+    with config.log(name, seed).open("a", encoding="utf-8") as file:
+        return subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=environment)
 
 
 def check_finished(runs: list[tuple[str, int]], config: AblateConfig) -> None:
@@ -218,42 +202,45 @@ def check_finished(runs: list[tuple[str, int]], config: AblateConfig) -> None:
         raise ConfigError("\n".join(found))
 
 
-@contextmanager
-def interrupted_by(number: int):
-    """Inside the block a signal acts as Ctrl-C."""
-    former = signal.signal(number, signal.default_int_handler)
-    try:
-        yield
-    finally:
-        signal.signal(number, former)
-
-
 def run_missing(missing: list[tuple[str, int]], done: int, config: AblateConfig) -> list[str]:
     """Do runs in child processes, config.processes at a time; returns a message for each that failed.
 
     Raises:
         KeyboardInterrupt: Ctrl-C or SIGTERM; the child processes are terminated, and save a checkpoint first.
     """
-    failed, at_work, stopped = [], set(), Event()
-    with (
-        interrupted_by(signal.SIGTERM),
-        ThreadPoolExecutor(config.processes) as pool,
-        tqdm(total=done + len(missing), initial=done, desc="grid", unit="run") as progress,
-    ):
-        try:
-            futures = {pool.submit(start_run, *run, config, at_work, stopped): run for run in missing}
-            for future in as_completed(futures):
-                if problem := future.result():
-                    failed.append(problem)
-                    progress.write(problem)
-                progress.set_postfix_str("/".join(map(str, futures[future])), refresh=False)
-                progress.update()
-        except BaseException:  # whatever happened, leave no child process behind
-            stopped.set()
-            pool.shutdown(wait=False, cancel_futures=True)
-            for process in list(at_work):
-                process.terminate()
-            raise
+    waiting, at_work, failed, stopped = list(missing), {}, [], []
+    heeded = [number for number in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(number) is not signal.SIG_IGN]
+    # A handler that raises could do so while a child is being started, and nobody would terminate that one.
+    former = {number: signal.signal(number, lambda *_: stopped.append(True)) for number in heeded}
+    try:
+        with tqdm(total=done + len(missing), initial=done, desc="grid", unit="run") as progress:
+            while (waiting or at_work) and not stopped:
+                ended = {}  # {run: what went wrong, or None}
+                while waiting and len(at_work) < config.processes:
+                    run = waiting.pop(0)
+                    try:
+                        at_work[run] = start_run(*run, config)
+                    except OSError as error:  # such as a full disk; go on with the other runs
+                        ended[run] = f"could not be started: {error}"
+                for run in [run for run, process in at_work.items() if process.poll() is not None]:
+                    code = at_work.pop(run).returncode
+                    ended[run] = f"ended with exit code {code}: see {config.log(*run)}" if code else None
+                for (name, seed), problem in ended.items():
+                    if problem:
+                        failed.append(f"{name}/{seed} {problem}")
+                        progress.write(failed[-1])
+                    progress.set_postfix_str(f"{name}/{seed}", refresh=False)
+                    progress.update()
+                time.sleep(0.1)
+    finally:  # whatever happened, leave no child process behind
+        for number, handler in former.items():
+            signal.signal(number, handler)
+        for process in at_work.values():
+            process.terminate()
+        for process in at_work.values():
+            process.wait()
+    if stopped:
+        raise KeyboardInterrupt
     return failed
 
 
@@ -262,14 +249,14 @@ def main(config: AblateConfig) -> None:
         name, seed = config.run.split("/")
         do_run(name, int(seed), config)
         return
-    runs, failed = config.runs(), []
+    failed = []
     for name in ("output_dir", "work_dir"):
         try:
             Path(getattr(config, name)).mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise ConfigError(f"{name}={getattr(config, name)!r}: give a folder that can be made ({error})") from error
     if not config.report:
-        check_finished(runs, config)
+        check_finished(runs := config.runs(), config)
         missing = [run for run in runs if not config.result(*run).exists()]
         failed = run_missing(missing, len(runs) - len(missing), config)
     print(report_grid(Path(config.output_dir), list(GRID), SETS))

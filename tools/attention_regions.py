@@ -5,19 +5,21 @@ python -m tools.attention_regions --data scenes --limit 1000 --measure true
 """
 
 import json
+import math
 import shlex
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
-from sayo.examples.load import Examples, load_examples
+from sayo.examples.load import load_examples
 from sayo.examples.pictures import load_picture
 from sayo.extensions import attention_regions as regions
-from sayo.extensions import relative_attention as relative
+from sayo.extensions.relative_attention import choose_cells, per_picture, question_and_generic_attention
 from sayo.model.forward import evaluating
 from sayo.model.loading import adapter_off, load_policy
 from sayo.model.prompts import check_prompts, region_coverage
@@ -28,75 +30,88 @@ COLUMNS = ("inside", "hit", "IoU", "precision", "recall", "area")
 KEPT = ("id", "question", "answer", "answer_type", "choices", "kind")  # of a row, beside its pictures
 
 
-def true_coverage(processor, example: dict) -> torch.Tensor:
+def true_coverage(processor, example: dict) -> Tensor:
     """(N,) share of every image token that the example's own region covers."""
     own = (example.get(name) or [] for name in ("boxes", "polygons", "masks"))
     return region_coverage(processor, example["images"], *own)
 
 
-class Means:
-    """Sums of figures by name over `count` examples, and the table of their means."""
-
-    def __init__(self):
-        self.sums, self.count = defaultdict(Counter), 0
-
-    def table(self) -> str:
-        """One line per name, "-" where it lacks a figure."""
-        width = max(map(len, self.sums)) + 2
-        lines = [" " * width + "".join(f"{column:>11}" for column in COLUMNS)]
-        for name, row in self.sums.items():
-            cells = [f"{row[column] / self.count:.3f}" if column in row else "-" for column in COLUMNS]
-            lines.append(f"{name:{width}}" + "".join(f"{cell:>11}" for cell in cells))
-        return "\n".join(lines)
+def table(sums: dict[str, Counter], count: int) -> str:
+    """The means of figures by name, one line each, "-" where it lacks a figure."""
+    width = max(map(len, sums)) + 2
+    lines = [" " * width + "".join(f"{column:>11}" for column in COLUMNS)]
+    for name, row in sums.items():
+        cells = (f"{row[column] / count:.3f}" if column in row else "-" for column in COLUMNS)
+        lines.append(f"{name:{width}}" + "".join(f"{cell:>11}" for cell in cells))
+    return "\n".join(lines)
 
 
-def _add_baselines(means: Means, maps: list, coverage: torch.Tensor, example: dict, share: float) -> None:
-    sizes = [image.size for image in example["images"]]
-    for name, (values, taken) in relative.baselines(maps, sizes, share, seed=means.count).items():
-        if name == "random cells":  # one of them hits with the share of cells that are covered
-            means.sums[name].update(hit=float((coverage > 0).float().mean()))
-        means.sums[name].update(relative.overlap(relative.choose_cells(values, taken).float(), coverage))
-    means.sums["the true region"].update(area=float(coverage.mean()))
+def agreement(coverage: Tensor, region: Tensor, values: Tensor | None = None) -> dict[str, float]:
+    """IoU, precision, recall and area of a region, given like the true one as the covered share of each cell (n,).
+
+    With the map (n,) that it was chosen from also inside, the map's share in the true region, and hit, whether its
+    highest cell touches that, 0 or 1.
+    """
+    both, area, true = (float(part.sum()) for part in (torch.minimum(region, coverage), region, coverage))
+    union, precision = float(torch.maximum(region, coverage).sum()), both / area if area else math.nan
+    found = {"IoU": both / union, "precision": precision, "recall": both / true, "area": area / len(region)}
+    if values is not None:
+        found["inside"] = float((values * coverage).sum() / values.sum())
+        found["hit"] = float(coverage[values.argmax()] > 0)
+    return found
 
 
-def measure_regions(processor, examples, own: Examples, indices: Iterable[int], share: float) -> Means:
-    """Overlap of the regions of `examples` (a WithRegions), and of baselines, with the data's own where it has some."""
-    means = Means()
-    for index in tqdm(indices, desc="overlap", unit="example"):
-        coverage = true_coverage(processor, own[index])
+def measure(processor, examples: Sequence[dict], share: float, look: Callable) -> tuple[dict[str, Counter], int]:
+    """Sums of the agreement of regions, and of baselines, with the true ones; the number of examples that have one.
+
+    look(example) gives the maps of its pictures, and {name: (region (n,), and the map that it was chosen from)}.
+    """
+    sums, count = defaultdict(Counter), 0
+    for example in tqdm(examples, desc="measure", unit="example"):
+        coverage = true_coverage(processor, example)
         if not coverage.any():
             continue
-        example, nothing = examples[index], torch.zeros(0, len(coverage))
-        maps = relative.per_picture(processor, example["images"], nothing, nothing)
-        tiles = torch.cat([one.is_tile for one in maps])
-        means.count += 1
-        found = relative.overlap(true_coverage(processor, example)[tiles], coverage[tiles])
-        means.sums["relative attention"].update(found)
-        _add_baselines(means, maps, coverage[tiles], example, share)
-    return means
+        count += 1
+        maps, found = look(example)
+        coverage = coverage[torch.cat([one.is_tile for one in maps])]
+        centers = [(one.cells[:, :2] + one.cells[:, 2:]) / 2 for one in maps]
+        sizes = [torch.tensor(image.size) for image in example["images"]]
+        distance = torch.cat([center / size - 0.5 for center, size in zip(centers, sizes, strict=True)]).norm(dim=-1)
+        shuffled = torch.rand(len(distance), generator=torch.Generator().manual_seed(count))
+        found |= {"random cells": [choose_cells(shuffled, share)], "centre": [choose_cells(-distance, share)]}
+        for name, (region, *values) in (found | {"whole picture": [torch.ones_like(distance)]}).items():
+            sums[name].update(agreement(coverage, region.float(), *values))
+        sums["random cells"].update(hit=float((coverage > 0).float().mean()))  # of one of them
+        sums["the true region"].update(area=float(coverage.mean()))
+    return sums, count
 
 
-def measure_layers(model, processor, examples: Sequence[dict], config) -> Means:
-    """The same for plain and relative attention of every layer, and for the mean of the layers."""
-    layers, means = regions.region_layers(model, config), Means()
+def measure_regions(processor, found, examples: Sequence[dict], share: float) -> tuple[dict[str, Counter], int]:
+    """measure() of the regions of a WithRegions."""
+
+    def look(example: dict):
+        covered = region_coverage(processor, example["images"], found.regions[example["id"]])
+        maps = per_picture(processor, example["images"], *[torch.zeros(0, len(covered))] * 2)
+        return maps, {"relative attention": [covered[torch.cat([one.is_tile for one in maps])]]}
+
+    return measure(processor, examples, share, look)
+
+
+def measure_layers(model, processor, examples: Sequence[dict], config) -> tuple[dict[str, Counter], int]:
+    """measure() of plain and relative attention of every layer, and of the mean of the layers."""
+    layers = regions.region_layers(model, config)
+
+    def look(example: dict):
+        both = question_and_generic_attention(model, processor, example, config.system_prompt, layers)
+        maps, rows = per_picture(processor, example["images"], *both), {}
+        for kind, parts in (("plain", [one.asked for one in maps]), ("relative", [one.relative() for one in maps])):
+            values = torch.cat(parts, dim=-1)  # (L, n)
+            rows |= {f"layer {layer}, {kind}": row for layer, row in zip(layers, values, strict=True)}
+            rows[f"mean of layers, {kind}"] = values.mean(0)
+        return maps, {name: [choose_cells(row, config.region_share), row] for name, row in rows.items()}
+
     with torch.no_grad(), evaluating(model), adapter_off(model):
-        for example in tqdm(examples, desc="measure", unit="example"):
-            coverage = true_coverage(processor, example)
-            if not coverage.any():
-                continue
-            both = relative.question_and_generic_attention(model, processor, example, config.system_prompt, layers)
-            maps = relative.per_picture(processor, example["images"], *both)
-            coverage = coverage[torch.cat([one.is_tile for one in maps])]
-            means.count += 1
-            kinds = {"plain": [one.asked for one in maps], "relative": [one.relative() for one in maps]}
-            for kind, parts in kinds.items():
-                values = torch.cat(parts, dim=-1)  # (L, n)
-                named = {f"layer {layer}, {kind}": row for layer, row in zip(layers, values, strict=True)}
-                for name, row in (named | {f"mean of layers, {kind}": values.mean(0)}).items():
-                    chosen = relative.choose_cells(row, config.region_share).float()
-                    means.sums[name].update(relative.pointing(row, coverage) | relative.overlap(chosen, coverage))
-            _add_baselines(means, maps, coverage, example, config.region_share)
-    return means
+        return measure(processor, examples, config.region_share, look)
 
 
 def write_data(examples, output: Path, settings: dict) -> list[str]:
@@ -105,9 +120,7 @@ def write_data(examples, output: Path, settings: dict) -> list[str]:
     Returns the folders of pictures that are outside of the JSONL file's own.
     """
     output.parent.mkdir(parents=True, exist_ok=True)
-    pictures, outside = output.with_name(f"{output.stem}_images"), {}
-    root = output.parent.resolve()
-    aside = output.with_name(output.name + ".partial")
+    aside, root, outside = output.with_name(output.name + ".partial"), output.parent.resolve(), {}
     with aside.open("w", encoding="utf-8") as file:
         for index in tqdm(range(len(examples)), desc="write", unit="example"):
             row, paths = examples.raw(index), []
@@ -117,7 +130,7 @@ def write_data(examples, output: Path, settings: dict) -> list[str]:
                     if not path.is_relative_to(root):
                         outside[str(path.parent)] = None
                 else:
-                    path = pictures.resolve() / f"{index:06d}-{number}.png"
+                    path = root / f"{output.stem}_images" / f"{index:06d}-{number}.png"
                     path.parent.mkdir(parents=True, exist_ok=True)
                     load_picture(image).save(path)
                 paths.append(path.relative_to(root).as_posix() if path.is_relative_to(root) else str(path))
@@ -156,17 +169,16 @@ def main(config: AttentionRegionsConfig) -> None:
     check_prompts(model, processor, examples, config, 1)
     taken = f"{config.data}, regions of {config.region_share:.0%} of the cells"
     if config.measure:
-        means = measure_layers(model, processor, examples, config)
-        if not means.count:
+        sums, count = measure_layers(model, processor, examples, config)
+        if not count:
             raise ConfigError(f"measure: {config.data!r} has no regions to compare with; leave --measure out")
-        print(f"{means.count} examples of {taken}\n{means.table()}")
+        print(f"{count} examples of {taken}\n{table(sums, count)}")
     if config.out:
-        indices = range(len(examples))
-        found = regions.attention_regions(model, processor, examples, indices, config)
+        found = regions.attention_regions(model, processor, examples, range(len(examples)), config)
         outside = write_data(found, Path(config.out), regions.region_settings(model, config))
-        means = measure_regions(processor, found, examples, indices, config.region_share)
-        if means.count:
-            print(f"against the data's own regions, {means.count} examples of {taken}\n{means.table()}")
+        sums, count = measure_regions(processor, found, examples, config.region_share)
+        if count:
+            print(f"against the data's own regions, {count} examples of {taken}\n{table(sums, count)}")
         print(f"-> {config.out}")
         if outside:
             print(f"its pictures stay where they are: give --allowed_folders {shlex.join(outside)} with it")

@@ -88,26 +88,9 @@ def read_result(path: Path) -> dict:
         if not sets or not all(isinstance(value, int | float | None) for value in numbers):
             raise ValueError("numbers are missing")
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ConfigError(
-            f"{str(path)!r} is no result of tools.ablate ({type(error).__name__}: {error}): delete it, and the run is "
-            "repeated"
-        ) from error
+        found = f"is no result of tools.ablate ({type(error).__name__}: {error})"
+        raise ConfigError(f"{str(path)!r} {found}: delete it, and the run is repeated") from error
     return named | {"training": result["training"], "sets": result["sets"], "versions": result.get("versions", {})}
-
-
-def read_results(folder: Path) -> dict[str, dict[int, dict]]:
-    """{row: {seed: result}} of the JSON files in a folder."""
-    results: dict[str, dict[int, dict]] = {}
-    for result in map(read_result, sorted(Path(folder).glob("*.json"))):
-        results.setdefault(result["row"], {})[result["seed"]] = result
-    return results
-
-
-def number(result: dict | None, *path: str) -> float | None:
-    """A number of a result by its keys, or None."""
-    for name in path:
-        result = (result or {}).get(name)
-    return result
 
 
 def differences(results: dict[str, dict[int, dict]], claim: Claim, name: str) -> list[float]:
@@ -117,8 +100,8 @@ def differences(results: dict[str, dict[int, dict]], claim: Claim, name: str) ->
         worse = dict.fromkeys(better, worse[0])
     elif claim.better == "base" and better:
         better = dict.fromkeys(worse, better[0])
-    seeds = [seed for seed in sorted(better) if seed in worse]
-    pairs = [tuple(number(row[seed], "sets", name, claim.metric) for row in (better, worse)) for seed in seeds]
+    of_both = ((better[seed]["sets"][name], worse[seed]["sets"][name]) for seed in sorted(better.keys() & worse.keys()))
+    pairs = [(first[claim.metric], second[claim.metric]) for first, second in of_both]
     return [first - second for first, second in pairs if first is not None and second is not None]
 
 
@@ -133,8 +116,7 @@ def verdict(found: Sequence[float], scale: float = 100) -> tuple[str, str]:
     return word, f"{scale * mean:+.1f} ± {scale * half:.1f}"
 
 
-def _cell(results: dict[int, dict], *path: str, digits: int = 1, scale: float = 100) -> str:
-    values = [number(result, *path) for result in results.values()]
+def _cell(values: list[float | None], digits: int = 1, scale: float = 100) -> str:
     if not values or None in values:
         return "-"
     mean, half = (f"{scale * value:.{digits}f}" for value in t_interval(values))
@@ -143,15 +125,15 @@ def _cell(results: dict[int, dict], *path: str, digits: int = 1, scale: float = 
 
 def table(results: dict[str, dict[int, dict]], rows: Sequence[str], sets: dict[str, str]) -> str:
     """Markdown: accuracy and TAS in percent and length on every set, then format on the first, and KL in training."""
-    columns = {"accuracy": ("accuracy", 100), "TAS": ("tas", 100), "length": ("length", 1)}
-    head, lines = ["row", "seeds", *(f"{title}, {name}" for title in columns for name in sets), "format", "KL"], []
+    scales = {"accuracy": 100, "TAS": 100, "length": 1}
+    head, lines = ["row", "seeds", *(f"{title}, {name}" for title in scales for name in sets), "format", "KL"], []
     for row in rows:
-        found = results[row]
-        lines.append([f"`{row}`", str(len(found))])
-        for metric, scale in columns.values():
-            lines[-1] += [_cell(found, "sets", name, metric, scale=scale) for name in sets]
-        lines[-1].append(_cell(found, "sets", next(iter(sets)), "format"))
-        lines[-1].append(_cell(found, "training", "kl", digits=3, scale=1))
+        runs = results[row].values()
+        lines.append([f"`{row}`", str(len(runs))])
+        for title, scale in scales.items():
+            lines[-1] += [_cell([run["sets"][name][title.lower()] for run in runs], scale=scale) for name in sets]
+        lines[-1].append(_cell([run["sets"][next(iter(sets))]["format"] for run in runs]))
+        lines[-1].append(_cell([run["training"].get("kl") for run in runs], digits=3, scale=1))
     return markdown(head, lines)
 
 
@@ -193,9 +175,10 @@ def correlation(results, rows: Sequence[str], sets: dict[str, str]) -> str:
             continue
         generator = np.random.default_rng(0)
         drawn = [points[generator.integers(len(points), size=len(points))] for _ in range(2000)]
-        low, high = np.percentile([_spearman(sample) for sample in drawn if sample.std(0).all()], [2.5, 97.5])
+        found = [stats.spearmanr(sample).statistic for sample in drawn if sample.std(0).all()]
+        low, high = np.percentile(found, [2.5, 97.5])
         word = "holds" if low > 0 else "does not hold" if high < 0 else "undecided"
-        lines.append(f"- {title}: {word}, {_spearman(points):+.2f} [{low:+.2f}, {high:+.2f}]")
+        lines.append(f"- {title}: {word}, {stats.spearmanr(points).statistic:+.2f} [{low:+.2f}, {high:+.2f}]")
     return "\n".join(lines)
 
 
@@ -207,20 +190,20 @@ def mechanism(results, rows: Sequence[str]) -> str:
     rewards, lines = ("attention", "format", "accuracy"), []
     head = ["row", *(f"{name} reward" for name in rewards), *(f"share of {name}, %" for name in rewards)]
     for row in rows:
-        found, first = results[row], results[row][min(results[row])]
-        shares = [_cell(found, "training", f"advantage_share/{name}", digits=0) for name in rewards]
+        training, first = [run["training"] for run in results[row].values()], results[row][min(results[row])]
+        shares = [_cell([run.get(f"advantage_share/{name}") for run in training], digits=0) for name in rewards]
         if any((first["settings"] or {}).get(name) for name in ("region_weight", "memory_weight")):
             shares = ["another reward", "", ""]
         tokens = [f"`{text or ' '}` {100 * share:.0f} %, {score:.2f}" for text, share, score in first["tokens"][:6]]
-        totals = [_cell(found, "training", f"reward/{name}", digits=2, scale=1) for name in rewards]
+        totals = [_cell([run.get(f"reward/{name}") for run in training], digits=2, scale=1) for name in rewards]
         lines.append([f"`{row}`", *totals, *shares, ", ".join(tokens)])
     return markdown([*head, "uncertain tokens: share, TAS"], lines)
 
 
 def figure(results, rows: Sequence[str], sets: dict[str, str], output: Path) -> None:
     """Accuracy and TAS: means with intervals, seeds as ticks, the base as lines; `fast` rows have their own axes."""
-    base, slow = results.get("base", {}), [row for row in ordinary(rows) if row != "base"]
-    blocks = [block for block in (slow, [row for row in rows if row not in ordinary(rows)]) if block]
+    slow, fast = ordinary(rows), [row for row in rows if row not in ordinary(rows)]
+    blocks = [block for block in ([row for row in slow if row != "base"], fast) if block]
     if not blocks:
         return
     with drawing(output, len(blocks), 2, (5.5, 0.6 + 0.32 * max(map(len, blocks)))) as axes:
@@ -228,8 +211,9 @@ def figure(results, rows: Sequence[str], sets: dict[str, str], output: Path) -> 
             for axis, metric, title in zip(pair, ("accuracy", "tas"), ("accuracy, %", "TAS, %"), strict=True):
                 for place, name in enumerate(sets):
                     color = f"C{place}"
-                    if (before := number(base.get(0), "sets", name, metric)) is not None:
-                        axis.axvline(100 * before, color=color, linestyle=":", linewidth=1)
+                    for run in results.get("base", {}).values():
+                        if (before := run["sets"][name][metric]) is not None:
+                            axis.axvline(100 * before, color=color, linestyle=":", linewidth=1)
                     for line, row in enumerate(block):
                         values = [run["sets"][name][metric] for run in results[row].values()]
                         known, y = [100 * value for value in values if value is not None], line + 0.22 * (place - 1)
@@ -241,8 +225,7 @@ def figure(results, rows: Sequence[str], sets: dict[str, str], output: Path) -> 
                     axis.plot([], [], "o", color=color, markersize=4, label=name)
                 axis.set_xlim(max(0, axis.dataLim.x0 - 2), min(100, axis.dataLim.x1 + 2))  # of percent
                 axis.set_yticks(range(len(block)), [f"{row} ({len(results[row])})" for row in block])
-                axis.set_ylim(len(block) - 0.4, -0.6)
-                axis.set_xlabel(title)
+                axis.set(ylim=(len(block) - 0.4, -0.6), xlabel=title)
                 axis.grid(alpha=0.3)
         axes[0, 0].legend(fontsize=8, ncols=3, loc="lower left", bbox_to_anchor=(0, 1))
         axes[0, 1].set_title("dotted: before training; ticks: seeds; bars: 95 % intervals", fontsize=8, loc="left")
@@ -258,10 +241,11 @@ def report_grid(folder: Path, rows: Sequence[str], sets: dict[str, str]) -> str:
 
     For docs/ablation, also rewrite the tables between the two markers of docs/results.md, if that file exists.
     """
-    results = read_results(folder / "runs")
-    if not results:
+    runs, results = [read_result(path) for path in sorted((folder / "runs").glob("*.json"))], {}
+    for run in runs:
+        results.setdefault(run["row"], {})[run["seed"]] = run
+    if not runs:
         return f"no finished run in {folder / 'runs'}"
-    runs = [result for found in results.values() for result in found.values()]
     there, missing = [row for row in rows if row in results], [f"`{row}`" for row in rows if row not in results]
     later = f" Not run yet: {', '.join(missing)}." if missing else ""
     versions = {" ".join(f"{name} {value}" for name, value in sorted(run["versions"].items())) for run in runs} - {""}
@@ -304,10 +288,9 @@ def t_interval(values: Sequence[float]) -> tuple[float, float]:
 
     Example: (1.0, 2.0, 3.0) gives 2.0 and 4.303 / sqrt(3) = 2.484.
     """
-    mean = float(np.mean(values))
-    if len(values) == 1:
-        return mean, math.inf
-    return mean, float(stats.t.ppf(1 - SIGNIFICANCE / 2, len(values) - 1) * stats.sem(values))
+    known = len(values) > 1
+    half = stats.t.ppf(1 - SIGNIFICANCE / 2, len(values) - 1) * stats.sem(values) if known else math.inf
+    return float(np.mean(values)), float(half)
 
 
 def p_value(values: Sequence[float]) -> float:
@@ -326,7 +309,3 @@ def holm(p_values: dict) -> set:
             break
         sure.add(key)
     return sure
-
-
-def _spearman(points: np.ndarray) -> float:
-    return float(stats.spearmanr(points).statistic)

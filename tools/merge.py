@@ -17,8 +17,10 @@ from pathlib import Path
 import torch
 
 from sayo.model.loading import load_policy, load_processor, portable_name
-from sayo.run.config import DTYPES, EMBEDDED_POLICY
+from sayo.run.config import DTYPES, PolicyConfig
 from sayo.settings import ConfigError, Settings, option, run_command
+
+REASON = "merging happens into full-precision weights, because rounding the sum again changes what the model says"
 
 
 @dataclass
@@ -35,10 +37,7 @@ class MergeConfig(Settings):
     def problems(self) -> list[str]:
         found = super().problems()
         if self.load_in_4bit:
-            found.append(
-                "load_in_4bit: leave it out; merging happens into full-precision weights, because rounding the sum to "
-                "4 bits again changes what the model says. Quantize the merged folder when you load it"
-            )
+            found.append(f"load_in_4bit: leave it out; {REASON}. Quantize the merged folder when you load it")
         if Path(self.output).exists():
             found.append(f"output={self.output!r} exists: give another name, nothing is overwritten")
         return found
@@ -57,9 +56,8 @@ def merge(config: MergeConfig) -> Path:
     try:
         named = PeftConfig.from_pretrained(config.adapter)
     except (OSError, ValueError) as error:
-        raise ConfigError(
-            f"adapter={config.adapter!r}: give the adapter/ folder of a run, or a Hub id; {str(error)[:200]}"
-        ) from error
+        fix = "give the adapter/ folder of a run, or a Hub id"
+        raise ConfigError(f"adapter={config.adapter!r}: {fix}; {str(error)[:200]}") from error
     model, revision = config.model or named.base_model_name_or_path, config.revision
     if model is None:
         raise ConfigError(f"adapter={config.adapter!r} names no base model: give it with --model")
@@ -67,14 +65,12 @@ def merge(config: MergeConfig) -> Path:
         revision = revision or named.revision
     elif portable_name(config.model) != named.base_model_name_or_path:
         print(f"model={config.model!r}: the adapter was made for {named.base_model_name_or_path!r}", file=sys.stderr)
-    model = EMBEDDED_POLICY if Path(model) == Path("data/tiny_policy") else model
-    if getattr(load_processor(model, revision=revision)[0], "quantization_config", None) is not None:
-        raise ConfigError(
-            f"model={model!r} is stored in quantized form; merging happens into full-precision weights, because "
-            "rounding the sum again changes what the model says: give the checkpoint that it was made from"
-        )
-    options = {"revision": revision, "dtype": config.dtype, "attn": "eager", "device": "cpu"}
-    policy, processor = load_policy(model, adapter=config.adapter, lora_rank=0, **options)
+    named = PolicyConfig(model=model, revision=revision, adapter=config.adapter, dtype=config.dtype)
+    arguments = named.policy_arguments(lora_rank=0)
+    if getattr(load_processor(arguments["model"], revision=revision)[0], "quantization_config", None) is not None:
+        fix = "give the checkpoint that it was made from"
+        raise ConfigError(f"model={model!r} is stored in quantized form; {REASON}: {fix}")
+    policy, processor = load_policy(**arguments, attn="eager", device="cpu")
     if not all(weight.isfinite().all() for name, weight in policy.named_parameters() if "lora_" in name):
         raise ConfigError(f"adapter={config.adapter!r} holds weights that are not finite: take an earlier checkpoint's")
     final = Path(config.output)

@@ -32,35 +32,29 @@ from train_rl import Config, TrainState, train_step
 
 STEPS = 2  # the second one starts with the optimizer's state in memory
 MODEL_FIELDS = ("image_tokens", "hidden_size", "num_layers", "vocab_size")  # of BenchConfig; all others are Config's
-SHAPES = (
-    {"image_tokens": 512, "hidden_size": 384, "num_layers": 8, "num_generations": 8, "max_new_tokens": 64},
-    {"image_tokens": 1024, "hidden_size": 384, "num_layers": 12, "num_generations": 16, "max_new_tokens": 64}
-    | {"gradient_checkpointing": True},
-    {"image_tokens": 64, "hidden_size": 256, "num_layers": 6, "num_generations": 16, "max_new_tokens": 64}
-    | {"vocab_size": 60_000},
-    {"image_tokens": 256, "hidden_size": 1024, "num_layers": 6, "num_generations": 4, "max_new_tokens": 48}
-    | {"load_in_4bit": True, "lora_rank": 8},
-    {"image_tokens": 64, "hidden_size": 256, "num_layers": 16, "num_generations": 24, "max_new_tokens": 96},
-    {"image_tokens": 1024, "hidden_size": 256, "num_layers": 6, "num_generations": 4, "max_new_tokens": 32}
-    | {"lora_targets": "all-linear", "groups_per_step": 2},
-    {"image_tokens": 512, "hidden_size": 512, "num_layers": 8, "num_generations": 4, "max_new_tokens": 16}
-    | {"groups_per_step": 6, "gradient_checkpointing": True, "load_in_4bit": True},
+SIZES = ("image_tokens", "hidden_size", "num_layers", "num_generations", "max_new_tokens")
+SHAPES = (  # values of SIZES, and other settings
+    ((512, 384, 8, 8, 64), {}),
+    ((1024, 384, 12, 16, 64), {"gradient_checkpointing": True}),
+    ((64, 256, 6, 16, 64), {"vocab_size": 60_000}),
+    ((256, 1024, 6, 4, 48), {"load_in_4bit": True, "lora_rank": 8}),
+    ((64, 256, 16, 24, 96), {}),
+    ((1024, 256, 6, 4, 32), {"lora_targets": "all-linear", "groups_per_step": 2}),
+    ((512, 512, 8, 4, 16), {"groups_per_step": 6, "gradient_checkpointing": True, "load_in_4bit": True}),
 )
 
 
-def measure(config: Config, examples_of: dict) -> int:
-    """Peak bytes of STEPS steps on the longest prompt, in a process of their own.
+def measure(config: Config, bench: dict | None = None) -> int:
+    """Peak bytes of STEPS steps on the longest prompt of config.data, in a process of their own.
 
-    Args:
-        config: its train_rl.Config fields are used. examples_of: {"bench": fields of BenchConfig} for a random picture,
-            {} for config.data.
+    bench   fields of BenchConfig: the steps are on a random picture of its size instead
     """
     settings = {entry.name: getattr(config, entry.name) for entry in fields(Config)}
     malloc = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
-    return in_child("tools.plan", "run_steps", settings, examples_of, **malloc)
+    return in_child("tools.plan", "run_steps", settings, bench, **malloc)
 
 
-def run_steps(settings: dict, examples_of: dict) -> int:
+def run_steps(settings: dict, bench: dict | None) -> int:
     """What the child process of measure runs; no completion ends early."""
     import bitsandbytes  # noqa: F401  load libraries before anything is measured
     import peft  # noqa: F401
@@ -69,8 +63,8 @@ def run_steps(settings: dict, examples_of: dict) -> int:
     accelerator, config = Accelerator(), Config(**settings)
     small = Config(num_generations=2, max_new_tokens=2, groups_per_step=1, load_in_4bit=config.load_in_4bit)
     _take_steps(small, load_examples("scenes", limit=1), accelerator)  # load what torch imports on first use
-    if "bench" in examples_of:
-        examples = [example(BenchConfig(**examples_of["bench"]))]
+    if bench:
+        examples = [example(BenchConfig(**bench))]
     else:
         examples = load_examples(config.data, **config.data_arguments(), require_boxes=config.needs_boxes)
     gc.collect()
@@ -107,11 +101,9 @@ def measure_one(config) -> str:
     """Plan one process's step on the longest prompt of config.data, run it, and report both."""
     config = replace(config, groups_per_step=max(1, config.groups_per_step // config.processes), memory_gb=None)
     plan = planner(config.groups_per_step, with_evaluation=False)(config)
-    found = compared(plan, measure(config, {}))
-    return (
-        f"planned {found['planned']:.3f} GB (in the {plan.highest}), measured {found['measured']:.3f} GB: the plan is "
-        f"{found['off']:+.1%} off"
-    )
+    found = compared(plan, measure(config))
+    planned, measured = (f"{found[name]:.3f} GB" for name in ("planned", "measured"))
+    return f"planned {planned} (in the {plan.highest}), measured {measured}: the plan is {found['off']:+.1%} off"
 
 
 def plan_and_measure(shape: dict) -> tuple[Plan, dict[str, float]]:
@@ -123,17 +115,18 @@ def plan_and_measure(shape: dict) -> tuple[Plan, dict[str, float]]:
         build_model(BenchConfig(**bench), Path(folder))
         config = Config(model=folder, data="measured", **settings)
         plan = planner(config.groups_per_step, example=example(BenchConfig(**bench)))(config)
-        return plan, compared(plan, measure(config, {"bench": bench}))
+        return plan, compared(plan, measure(config, bench))
 
 
-def check_plans(shapes=SHAPES) -> str:
+def check_plans() -> str:
     """A Markdown table of planned and measured peaks; each row also goes to stderr as soon as it is known."""
     rows = []
-    for shape in shapes:
+    for sizes, more in SHAPES:
+        shape = dict(zip(SIZES, sizes, strict=True)) | more
         plan, found = plan_and_measure(shape)
-        sizes = (f"{1000 * found[name]:.0f} MB" for name in ("planned", "measured"))
+        peaks = (f"{1000 * found[name]:.0f} MB" for name in ("planned", "measured"))
         shown = ", ".join(f"{name}={value}" for name, value in shape.items())
-        rows.append([shown, *sizes, f"{found['off']:+.1%}", plan.highest])
+        rows.append([shown, *peaks, f"{found['off']:+.1%}", plan.highest])
         print(*rows[-1], sep=" | ", file=sys.stderr, flush=True)
     return markdown(["shape", "planned", "measured", "plan is off by", "highest in"], rows)
 

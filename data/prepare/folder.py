@@ -18,6 +18,7 @@ import shutil
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, fields
 from functools import lru_cache, partial
 from itertools import islice
@@ -44,7 +45,7 @@ class FolderConfig(Settings):
 
     source   name of the data set, in reports and examples
     needed   names of the fields that must be given
-    paths    names of the fields that may be files or folders
+    paths    names of the fields that may be files or folders; `images` must be a folder
     """
 
     source, needed, paths = "", ("out",), ()
@@ -52,7 +53,7 @@ class FolderConfig(Settings):
     out: str | None = option(None, "Folder to write (required). The same command resumes an interrupted run.")
     seed: int = option(0, "Seed of the order of the rows, and so of a subset.", at_least=0)
     tolerance: float = option(
-        0.02, "Clip boxes that exceed their picture by up to this share of a side; drop others.", at_least=0, at_most=1
+        0.02, "Clip boxes up to this share of a side outside; drop others.", at_least=0, at_most=1
     )
     num_processes: int | None = option(None, "Threads that decode pictures; default: one per core.", at_least=1)
     overwrite: bool = option(False, "Delete what this script wrote to `out` and start again instead of resuming.")
@@ -63,13 +64,10 @@ class FolderConfig(Settings):
 
     def problems(self) -> list[str]:
         missing = [f"{name} is missing: give --{name}" for name in self.needed if not getattr(self, name)]
-        return missing + super().problems()
-
-    def missing_folder(self, name: str) -> list[str]:
-        """A problem if the named field is given and is no folder."""
-        value = getattr(self, name)
-        exists = not value or Path(value).expanduser().is_dir()
-        return [] if exists else [f"{name}={value!r}: there is no such folder"]
+        found, images = missing + super().problems(), "images" in self.paths and self.images
+        if images and not Path(images).expanduser().is_dir():
+            found.append(f"images={images!r}: there is no such folder")
+        return found
 
     def settings(self) -> dict:
         """What the result depends on: the source, fields, and the sizes of files."""
@@ -127,9 +125,8 @@ def claim_folder(config: FolderConfig, own_files: Sequence[str] = OWN_FILES) -> 
                 shutil.rmtree(out / name) if (out / name).is_dir() else (out / name).unlink(missing_ok=True)
         if any((out / name).exists() for name in own_files[:-1]) and file.exists():
             known = json.loads(file.read_text(encoding="utf-8"))
-            different = [name for name in sorted({*known, *settings}) if known.get(name) != settings.get(name)]
-            if different:
-                lines = [f"  {name} was {known.get(name)!r}, now it is {settings.get(name)!r}" for name in different]
+            both = [(name, known.get(name), settings.get(name)) for name in sorted({*known, *settings})]
+            if lines := [f"  {name} was {then!r}, now it is {now!r}" for name, then, now in both if then != now]:
                 fix = "give the same settings again, another --out, or --overwrite to start again"
                 raise ConfigError("\n".join([f"out={str(out)!r} was made with other settings; {fix}:", *lines]))
         elif out.exists() and (not out.is_dir() or any(path != file for path in out.iterdir())):
@@ -171,11 +168,9 @@ def _build(config: PrepareConfig, rows: Sequence[dict]) -> None:
     for folder in (work, out / "images") if config.copy_images else (work,):
         folder.mkdir(exist_ok=True)
     read, kept, seen = 0, 0, set()
-    total = len(rows) if by_row else min(config.limit, len(rows))
-    with (
-        open(work / "records.jsonl", "a+b") as log,
-        tqdm(total=total, desc=config.source, unit="row" if by_row else "kept row", mininterval=1) as bar,
-    ):
+    shown = {"desc": config.source, "unit": "row" if by_row else "kept row", "mininterval": 1}
+    shown["total"] = len(rows) if by_row else min(config.limit, len(rows))
+    with open(work / "records.jsonl", "a+b") as log, tqdm(**shown) as bar:
 
         def count(record: dict) -> None:
             nonlocal read, kept
@@ -184,9 +179,9 @@ def _build(config: PrepareConfig, rows: Sequence[dict]) -> None:
             bar.update(by_row or "dropped" not in record)
 
         former = _records(log)
-        before = next(former, None) or _append(log, {"rows": len(rows)})
-        if before["rows"] != len(rows):
-            found = f"the source had {before['rows']} rows before the stop and has {len(rows)} now"
+        before = (next(former, None) or _append(log, {"rows": len(rows)}))["rows"]
+        if before != len(rows):
+            found = f"the source had {before} rows before the stop and has {len(rows)} now"
             raise DataError(f"{found}; start again: --overwrite")
         for record in former:
             count(record)
@@ -224,10 +219,9 @@ def _read_row(config: PrepareConfig, rows: Sequence[dict], index: int) -> tuple[
         picture = inspect_path(content) if isinstance(content, Path) else inspect_picture(content)
         made = config.convert(row, picture)
         boxes = fit_boxes(made.pop("boxes"), picture.width, picture.height, config.tolerance)
-    except Dropped as dropped:
+    except (Dropped, RecursionError) as error:
+        dropped = error if isinstance(error, Dropped) else Dropped("row nested too deeply")
         return {"id": identifier, "dropped": dropped.reason, "detail": dropped.detail}, None
-    except RecursionError:
-        return {"id": identifier, "dropped": "row nested too deeply", "detail": ""}, None
     if isinstance(content, bytes):
         image = f"images/{hashlib.sha256(content).hexdigest()[:24]}{picture.suffix}"
     elif config.copy_images:
@@ -239,25 +233,19 @@ def _read_row(config: PrepareConfig, rows: Sequence[dict], index: int) -> tuple[
 
 def _identities(example: dict) -> dict[str, str]:
     """Hashes of what no two examples may share, by the reason to drop the second one."""
-    shared = {
-        "duplicate (picture, question, answer)": [example[name] for name in ("image", "question", "answer")],
-        "duplicate id": [example["id"]],
-    }
+    whole = [example[name] for name in ("image", "question", "answer")]
+    shared = {"duplicate (picture, question, answer)": whole, "duplicate id": [example["id"]]}
     return {reason: hashlib.sha256(json.dumps(texts).encode()).hexdigest()[:20] for reason, texts in shared.items()}
 
 
 def _records(log: BinaryIO) -> Iterator[dict]:
     """The lines of the log. A killed run may have written the last one in part, which is then removed."""
     end = log.seek(0)
-    for line in log:
-        try:
-            record = json.loads(line)
-        except ValueError:
-            break
-        if not line.endswith(b"\n"):
-            break
-        end += len(line)
-        yield record
+    with suppress(ValueError):
+        for line in log:
+            record = json.loads(line if line.endswith(b"\n") else b"")
+            end += len(line)
+            yield record
     log.truncate(end)
 
 

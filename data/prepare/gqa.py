@@ -21,11 +21,11 @@ Questions about a whole scene ("Is it outdoors?") name no object and are dropped
 incomplete. Neither file is held in memory.
 """
 
-from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
+
+import numpy as np
 
 from data.prepare.folder import PrepareConfig, prepare
 from data.prepare.rows import Dropped, Picture, as_shown, text
@@ -57,10 +57,10 @@ class GqaConfig(PrepareConfig):
     def problems(self) -> list[str]:
         found = super().problems() + entry_problems("questions", self.questions, QUESTION_FIELDS)
         found += entry_problems("scene_graphs", self.scene_graphs, SCENE_FIELDS)
-        missing = self.missing_folder("images")
-        if self.images and not missing and next(Path(self.images).expanduser().glob("*.jpg"), None) is None:
+        images = Path(self.images or __file__).expanduser()
+        if images.is_dir() and not any(images.glob("*.jpg")):
             found.append(f"images={self.images!r}: the folder holds no .jpg; give the one with <imageId>.jpg in it")
-        return found + missing
+        return found
 
     def open_rows(self) -> "Questions":
         return Questions(*(Path(path).expanduser() for path in (self.questions, self.scene_graphs, self.images)))
@@ -93,12 +93,10 @@ def entry_problems(name: str, file: str | None, expected: Sequence[str]) -> list
     if not path.is_file():
         return [f"{name}={file!r}: there is no such file"]
     try:
-        first = next(islice(scan_object(path), 1), None)
-    except (DataError, OSError) as error:
-        return [f"{name}={file!r}: {error}"]
-    if first is None:
-        return [f"{name}={file!r}: there is nothing in it"]
-    key, value = read_entry(path, *first[1:])
+        _, start, end = next(scan_object(path))
+    except (DataError, OSError, StopIteration) as error:
+        return [f"{name}={file!r}: {str(error) or 'there is nothing in it'}"]
+    key, value = read_entry(path, start, end)
     fields = value if isinstance(value, dict) else {}
     missing = [field for field in expected if field not in fields]
     present = f"it has {', '.join(fields)}" if fields else f"it is {value!r:.60}"
@@ -110,17 +108,15 @@ class Questions(Sequence):
 
     def __init__(self, questions: Path, scene_graphs: Path, images: Path):
         self._questions, self._scene_graphs, self._images = questions, scene_graphs, images
-        self._starts, self._ends = array("q"), array("q")
-        for _, start, end in scan_object(questions, bar=True):
-            self._starts.append(start)
-            self._ends.append(end)
-        self._graphs = {image: (start, end) for image, start, end in scan_object(scene_graphs, bar=True)}
+        places = ((start, end) for _, start, end in scan_object(questions))
+        self._places = np.fromiter(places, np.dtype((np.int64, 2)))
+        self._graphs = {image: (start, end) for image, start, end in scan_object(scene_graphs)}
 
     def __len__(self) -> int:
-        return len(self._starts)
+        return len(self._places)
 
     def __getitem__(self, index: int) -> dict:
-        key, question = read_entry(self._questions, self._starts[index], self._ends[index])
+        key, question = read_entry(self._questions, *self._places[index])
         if not isinstance(question, dict) or not isinstance(question.get("imageId"), str):
             raise Dropped("no imageId", key)
         image = question["imageId"]

@@ -58,10 +58,8 @@ def part_configs(config: MixtureConfig) -> tuple[GqaConfig, RefocusConfig]:
     files = {name: getattr(config, f"gqa_{name}") for name in ("questions", "scene_graphs", "images")}
     table = {"data": config.refocus, "split": config.refocus_split, "revision": config.refocus_revision}
     out = Path(config.out or ".").expanduser()
-    return (
-        GqaConfig(str(out / "gqa"), limit=config.gqa_rows, copy_images=config.copy_images, **files, **common),
-        RefocusConfig(str(out / "refocus"), limit=config.refocus_rows, **table, **common),
-    )
+    gqa = GqaConfig(str(out / "gqa"), limit=config.gqa_rows, copy_images=config.copy_images, **files, **common)
+    return gqa, RefocusConfig(str(out / "refocus"), limit=config.refocus_rows, **table, **common)
 
 
 def merge(out: Path, seed: int) -> int:

@@ -1,4 +1,4 @@
-"""How the preparation scripts read public datasets: huge JSON objects, JSON lines, and tables of `datasets`.
+"""How the preparation scripts read public datasets: huge JSON objects, and tables of `datasets`.
 
 No file is held in memory. A file of JSON is read once to index its entries (16 bytes an entry), then each entry is
 parsed from its own bytes when it is needed.
@@ -8,33 +8,30 @@ import json
 import os
 import pickle
 import re
-from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
 from pathlib import Path
 
 import datasets
 from tqdm import tqdm
 
 from data.prepare.folder import PrepareConfig
-from data.prepare.rows import Dropped
 from sayo.examples.pictures import DataError
-from sayo.examples.rows import Lines, is_saved, open_dataset
+from sayo.examples.rows import is_saved, open_dataset
 from sayo.settings import ConfigError, option
 
 CHUNK = 1 << 20  # bytes
 LONGEST_ENTRY = 1 << 26  # bytes; a text that is longer without an end is taken for broken JSON
 REOPEN_AFTER = 100  # rows of a table
 DATA_HELP = "Hub dataset, or a folder that holds its files."
-BLANK = "[ \t\n\r]*"
-OPENING = re.compile(f"(?:\xef\xbb\xbf)?{BLANK}{{{BLANK}")  # some editors put a mark in front of UTF-8, here as Latin-1
-COMMA, COLON, AFTER = (re.compile(text) for text in (f"{BLANK},{BLANK}", f"{BLANK}:{BLANK}", f"{BLANK}[,}}]"))
-EMPTY, CLOSING = re.compile(f"{OPENING.pattern}}}{BLANK}"), re.compile(f"{BLANK}}}{BLANK}")
+BLANK, MARK = "[ \t\n\r]*", "\xef\xbb\xbf"  # some editors put this mark in front of UTF-8, here as Latin-1
+KEY = rf'{BLANK}("[^"\\]*(?:\\.[^"\\]*)*"){BLANK}:{BLANK}'
+FIRST, NEXT, AFTER = (re.compile(text) for text in (f"(?:{MARK})?{BLANK}{{{KEY}", f"{BLANK},{KEY}", f"{BLANK}[,}}]"))
+EMPTY, CLOSING = re.compile(f"(?:{MARK})?{BLANK}{{{BLANK}}}{BLANK}"), re.compile(f"{BLANK}}}{BLANK}")
 DECODER = json.JSONDecoder()
 
 
-def scan_object(path: Path, chunk: int = CHUNK, bar: bool = False) -> Iterator[tuple[str, int, int]]:
+def scan_object(path: Path, chunk: int = CHUNK) -> Iterator[tuple[str, int, int]]:
     """(key, start, end) for each entry of the one JSON object in a file: bytes start to end are `"key": value`.
 
     The bytes are decoded as Latin-1, one character each, so that positions in the text are positions in the file. No
@@ -42,27 +39,25 @@ def scan_object(path: Path, chunk: int = CHUNK, bar: bool = False) -> Iterator[t
 
     Raises DataError with the position where the file stops being one JSON object.
     """
-    shown = {"desc": f"reading {path.name}", "mininterval": 1, "disable": not bar}
+    shown = {"desc": f"reading {path.name}", "mininterval": 1, "delay": 1}
     with open(path, "rb") as raw, tqdm.wrapattr(raw, "read", path.stat().st_size, **shown) as file:
-        text, base, at, more, before = "", 0, 0, chunk, OPENING  # text[at] is byte base + at
+        text, base, at, more, entry = "", 0, 0, chunk, FIRST  # text[at] is byte base + at
         while True:
-            start = opened.end() if (opened := before.match(text, at)) else at
+            key = entry.match(text, at)
+            start = key.start(1) if key else at
             try:
-                if opened and text[start : start + 1] == '"':
-                    _, colon = DECODER.raw_decode(text, start)
-                    if value := COLON.match(text, colon):
-                        _, end = DECODER.raw_decode(text, value.end())
-                        if AFTER.match(text, end):  # else a number may have more digits
-                            yield json.loads(text[start:colon].encode("latin-1")), base + start, base + end
-                            at, more, before = end, chunk, COMMA
-                            continue
+                end = DECODER.raw_decode(text, key.end())[1] if key else 0
+                if key and AFTER.match(text, end):  # else a number may have more digits
+                    yield json.loads(key[1].encode("latin-1")), base + start, base + end
+                    at, more, entry = end, chunk, NEXT
+                    continue
             except json.JSONDecodeError:
                 pass  # the entry is incomplete so far
             except RecursionError as error:
                 found = f"the entry at byte {base + start:,} is nested too deeply"
                 raise DataError(f"{path}: {found}; remove it") from error
             added = file.read(more).decode("latin-1")
-            if not added and (CLOSING if before is COMMA else EMPTY).fullmatch(text, at):
+            if not added and (CLOSING if entry is NEXT else EMPTY).fullmatch(text, at):
                 return
             if not added or len(text) - at > LONGEST_ENTRY:
                 found = f"the entry at byte {base + start:,} begins with {text[start : start + 40]!r}"
@@ -76,30 +71,6 @@ def read_entry(path: Path, start: int, end: int) -> tuple[str, object]:
         file.seek(start)
         ((key, value),) = json.loads(b"{" + file.read(end - start) + b"}").items()
     return key, value
-
-
-class JsonLines(Sequence):
-    """The lines of several .jsonl files that are not blank; `lines[i]` is (path, line number from 1, value)."""
-
-    def __init__(self, paths: Sequence[Path]):
-        self._files = [(path, Lines(path)) for path in paths]
-        self._ends = list(accumulate(len(lines) for _, lines in self._files))
-
-    def __len__(self) -> int:
-        return self._ends[-1] if self._ends else 0
-
-    def __getitem__(self, index: int) -> tuple[Path, int, dict]:
-        """Raises Dropped for a line that is not a JSON object."""
-        file = bisect_right(self._ends, index)
-        path, lines = self._files[file]
-        place = index - self._ends[file] + len(lines)
-        try:
-            value = json.loads(lines[place])
-        except (ValueError, RecursionError) as error:
-            raise Dropped("line is not JSON", f"{path.name}:{lines.numbers[place]}: {error}") from error
-        if not isinstance(value, dict):
-            raise Dropped("line is not a JSON object", f"{path.name}:{lines.numbers[place]}")
-        return path, lines.numbers[place], value
 
 
 @dataclass
@@ -133,7 +104,7 @@ class TableRows(Sequence):
         row = self._dataset[index]
         cell, identifier = row.pop(self._image_column) or {}, row.get(self._id_column)
         content = cell.get("bytes")
-        if not content and cell.get("path") and os.path.isfile(cell["path"]):
+        if not content and os.path.isfile(cell.get("path") or ""):
             content = Path(cell["path"]).read_bytes()
         return row | {"id": str(index if identifier in (None, "") else identifier), "picture": content}
 
@@ -155,8 +126,8 @@ def open_table(data: str, split: str, revision: str | None, columns: Sequence[st
     except ConfigError:
         raise
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:  # those of pyarrow and the Hub are these
-        what = "is no file or folder here, and no Hub dataset that can be loaded"
-        what = "cannot be loaded" if path.exists() else what
+        absent = "is no file or folder here, and no Hub dataset that can be loaded"
+        what = "cannot be loaded" if path.exists() else absent
         raise ConfigError(f"data={data!r} {what}: {type(error).__name__}: {error}") from error
     _check_columns(data, dataset.features, wanted, image_column)
     return dataset.select_columns(wanted)

@@ -19,6 +19,7 @@ picture padded to a square. Many pictures of gqa are said to be missing from the
 such rows are dropped and counted. Pictures stay where they are. The id of an example is "<subset>_cot_train:<line>".
 """
 
+import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -28,7 +29,7 @@ from huggingface_hub import snapshot_download
 
 from data.prepare.folder import PrepareConfig, prepare
 from data.prepare.rows import Dropped, Picture, as_shown, text
-from data.prepare.sources import JsonLines
+from sayo.examples.rows import Lines
 from sayo.settings import ConfigError, option, run_command
 
 ENDING = "_cot_train.jsonl"
@@ -53,19 +54,18 @@ class VisualCotConfig(PrepareConfig):
     revision: str | None = option(None, "Branch, tag or commit of the Hub dataset.")
 
     def problems(self) -> list[str]:
-        found = super().problems() + self.missing_folder("images")
         folder = Path(self.metadata).expanduser()
-        return found + (subset_problems(folder, self.subsets) if folder.is_dir() else [])
+        return super().problems() + (subset_problems(folder, self.subsets) if folder.is_dir() else [])
 
     def open_rows(self) -> "MetadataRows":
         folder = Path(self.metadata).expanduser()
         if not folder.is_dir():
-            part = {"revision": self.revision, "allow_patterns": "metadata/*.jsonl"}
+            part = {"repo_type": "dataset", "revision": self.revision, "allow_patterns": "metadata/*.jsonl"}
             try:
-                folder = Path(snapshot_download(self.metadata, repo_type="dataset", **part))
+                folder = Path(snapshot_download(self.metadata, **part))
             except (OSError, ValueError) as error:  # HfHubHTTPError is an OSError, HFValidationError a ValueError
-                what = "is no folder here, and no Hub dataset"
-                raise ConfigError(f"metadata={self.metadata!r} {what}: {error}") from error
+                message = f"metadata={self.metadata!r} is no folder here, and no Hub dataset: {error}"
+                raise ConfigError(message) from error
             if found := subset_problems(folder, self.subsets):
                 raise ConfigError("\n".join(found))
         files = metadata_files(folder)
@@ -96,8 +96,9 @@ def subset_problems(folder: Path, subsets: Sequence[str]) -> list[str]:
     if unknown := [name for name in subsets if name not in files]:
         found.append(f"subsets: there is no {', '.join(unknown)}; there are {', '.join(files)}")
     for path in [files[name] for name in subsets or files if name in files]:
+        rows = MetadataRows([path])
         try:
-            row = next(iter(JsonLines([path])), (path, 0, {}))[2]
+            row = rows.line(0)[1] if len(rows) else {}
         except Dropped as error:
             found.append(f"{path}: {error.reason}: {error.detail}")
             continue
@@ -106,21 +107,36 @@ def subset_problems(folder: Path, subsets: Sequence[str]) -> list[str]:
     return found
 
 
-class MetadataRows(JsonLines):
+class MetadataRows(Sequence):
     """Rows of the metadata with the paths of their pictures, None for one that is at none of its possible places."""
 
-    def __init__(self, files: Sequence[Path], images: Path):
-        super().__init__(files)
+    def __init__(self, files: Sequence[Path], images: Path = Path()):
+        opened = [(path, Lines(path)) for path in files]
+        self._places = [(path, lines, index) for path, lines in opened for index in range(len(lines))]
         self._images = images
 
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def line(self, index: int) -> tuple[str, dict]:
+        """("<file>:<line>", object) of a line that is not blank. Raises Dropped unless it is a JSON object."""
+        path, lines, at = self._places[index]
+        try:
+            row = json.loads(lines[at])
+        except (ValueError, RecursionError) as error:
+            raise Dropped("line is not JSON", f"{path.name}:{lines.numbers[at]}: {error}") from error
+        if not isinstance(row, dict):
+            raise Dropped("line is not a JSON object", f"{path.name}:{lines.numbers[at]}")
+        return f"{path.stem}:{lines.numbers[at]}", row
+
     def __getitem__(self, index: int) -> dict:
-        path, number, row = super().__getitem__(index)
+        identifier, row = self.line(index)
         places, image, dataset = [], row.get("image"), str(row.get("dataset"))
         if isinstance(image, str) and image:
             folder = PICTURES_OF.get(dataset, dataset)
             places = [self._images / folder / image, self._images / "cot" / folder / image, self._images / image]
         picture = next((place for place in places if os.path.isfile(place)), None)
-        return row | {"id": f"{path.stem}:{number}", "picture": picture}
+        return row | {"id": identifier, "picture": picture}
 
 
 if __name__ == "__main__":

@@ -1,7 +1,6 @@
 """Rows of a public benchmark as examples: parses options and answers, finds pictures."""
 
 import base64
-import binascii
 import os
 import re
 import string
@@ -133,10 +132,12 @@ class BenchmarkRows(Sequence):
             number = int(answer)
         if choices:
             beside = answer_type if answer_type == "math" else None
-            if 0 <= number < len(choices):
-                return _letter_of(number, choices), beside
-            if normalized(answer) in map(normalized, choices):
-                return choices[list(map(normalized, choices)).index(normalized(answer))], beside
+            texts = list(map(normalized, choices))
+            if 0 <= number < len(choices):  # the letter may be the text of another choice
+                name = string.ascii_uppercase[number]
+                return choices[number] if name.casefold() in texts else name, beside
+            if normalized(answer) in texts:
+                return choices[texts.index(normalized(answer))], beside
         if letter and (self.benchmark.options_inside or isinstance(given, str)):
             return letter[1], "letter"
         return answer, None if choices else answer_type
@@ -152,7 +153,7 @@ class BenchmarkRows(Sequence):
         if len(picture) > LONGEST_PATH:
             try:
                 return base64.b64decode(picture, validate=True)
-            except (binascii.Error, ValueError) as error:
+            except ValueError as error:
                 raise DataError(f"picture {picture[:40]!r}... is neither a path nor base64: {error}") from error
         if self.folder is None:
             raise DataError(f"picture {picture!r:.200} is a path, but the Hub's table has no files; read a local copy")
@@ -162,12 +163,6 @@ class BenchmarkRows(Sequence):
                 return os.path.join(place, picture)
         looked = ", ".join(str(self.folder.path / place) for place in self.benchmark.pictures)
         raise DataError(f"picture {picture!r:.200}: there is no such file in {looked}; unpack the pictures there")
-
-
-def _letter_of(number: int, choices: list[str]) -> str:
-    """The letter of a choice, or its text where that letter is the text of a choice."""
-    letter = string.ascii_uppercase[number]
-    return choices[number] if letter.casefold() in map(normalized, choices) else letter
 
 
 def column_of(benchmark, name: str, present: Sequence[str]) -> str:

@@ -81,54 +81,34 @@ _MME_REALWORLD = {
     "pictures": ("data/imgs", "imgs", "data", "."),
 }  # fmt: skip
 BENCHMARKS = {
-    "mme_realworld_lite": Benchmark(
-        "yifanzhang114/MME-RealWorld-lite-lmms-eval", **_MME_REALWORLD,
-        files=("data/MME-RealWorld-Lite.json", "MME-RealWorld-Lite.json"),
-    ),
+    "mme_realworld_lite": Benchmark("yifanzhang114/MME-RealWorld-lite-lmms-eval", **_MME_REALWORLD,
+        files=("data/MME-RealWorld-Lite.json", "MME-RealWorld-Lite.json")),
     "m3cot": Benchmark("LightChen2333/M3CoT", "test", choices="choices", pictureless=True),
-    "vstar": Benchmark(
-        "craigwu/vstar_bench", "test", id="question_id", question="text", answer="label", options_inside=True,
-        files=("test_questions.jsonl",), paths=True, boxes=_boxes_beside_picture,
-    ),
+    "vstar": Benchmark("craigwu/vstar_bench", "test", id="question_id", question="text", answer="label",
+        options_inside=True, files=("test_questions.jsonl",), paths=True, boxes=_boxes_beside_picture),
     "mmstar": Benchmark("Lin-Chen/MMStar", "val", id="index", options_inside=True, files=("mmstar.parquet",)),
-    "mathvision": Benchmark(
-        "MathLLMs/MathVision", "test", image="decoded_image", choices="options", answer_type="math",
-        files=("data/test-*.parquet",),
-    ),
-    "wemath": Benchmark(
-        "We-Math/We-Math", "testmini", id="ID@key", image="image_path", choices="option",
-        files=("testmini.json", "data/testmini.json"), pictures=(".", "data"),
-    ),
-    "chartqa": Benchmark(
-        "lmms-lab/ChartQA", "test", id="", question="question|query", answer="answer|label",
-        template=SHORT, answer_type="relaxed_number",
-    ),
+    "mathvision": Benchmark("MathLLMs/MathVision", "test", image="decoded_image", choices="options",
+        answer_type="math", files=("data/test-*.parquet",)),
+    "wemath": Benchmark("We-Math/We-Math", "testmini", id="ID@key", image="image_path", choices="option",
+        files=("testmini.json", "data/testmini.json"), pictures=(".", "data")),
+    "chartqa": Benchmark("lmms-lab/ChartQA", "test", id="", question="question|query", answer="answer|label",
+        template=SHORT, answer_type="relaxed_number"),
     "ai2d": Benchmark("lmms-lab/ai2d", "test", id="", choices="options", index=True),
-    "charxiv": Benchmark(
-        "princeton-nlp/CharXiv", "validation", id="original_id", question="reasoning_q", answer="reasoning_a",
-        template=SHORT, files=("val.parquet",),
-    ),
-    "mme_realworld": Benchmark(
-        "yifanzhang114/MME-RealWorld-Lmms-eval", **_MME_REALWORLD,
-        files=("MME_RealWorld.json", "data/MME_RealWorld.json"),
-    ),
+    "charxiv": Benchmark("princeton-nlp/CharXiv", "validation", id="original_id", question="reasoning_q",
+        answer="reasoning_a", template=SHORT, files=("val.parquet",)),
+    "mme_realworld": Benchmark("yifanzhang114/MME-RealWorld-Lmms-eval", **_MME_REALWORLD,
+        files=("MME_RealWorld.json", "data/MME_RealWorld.json")),
 }  # fmt: skip
 PAPER_NINE = tuple(BENCHMARKS)[:9]  # the columns of the paper's table, in its order
 # Percent; SAYO, arXiv 2602.08241, its main table: the base model, and the model trained from it.
 PUBLISHED = {
-    "Qwen3-VL-4B": (
-        (56.80, 65.10, 79.06, 60.80, 21.64, 55.63, 80.12, 75.16, 38.00),
-        (57.63, 64.32, 83.25, 63.53, 22.47, 63.97, 81.96, 80.51, 41.90),
-    ),
-    "Qwen3-VL-8B": (
-        (56.23, 64.71, 81.15, 62.60, 22.20, 52.64, 78.96, 75.55, 42.70),
-        (62.85, 68.46, 82.20, 65.27, 25.26, 64.83, 81.84, 83.06, 42.50),
-    ),
-    "InternVL3.5-8B": (
-        (45.34, 54.70, 73.82, 60.27, 13.82, 20.06, 79.12, 73.22, 34.10),
-        (50.03, 57.20, 72.77, 62.73, 13.62, 25.23, 82.28, 76.88, 43.20),
-    ),
-}
+    "Qwen3-VL-4B": ((56.80, 65.10, 79.06, 60.80, 21.64, 55.63, 80.12, 75.16, 38.00),
+                    (57.63, 64.32, 83.25, 63.53, 22.47, 63.97, 81.96, 80.51, 41.90)),
+    "Qwen3-VL-8B": ((56.23, 64.71, 81.15, 62.60, 22.20, 52.64, 78.96, 75.55, 42.70),
+                    (62.85, 68.46, 82.20, 65.27, 25.26, 64.83, 81.84, 83.06, 42.50)),
+    "InternVL3.5-8B": ((45.34, 54.70, 73.82, 60.27, 13.82, 20.06, 79.12, 73.22, 34.10),
+                       (50.03, 57.20, 72.77, 62.73, 13.62, 25.23, 82.28, 76.88, 43.20)),
+}  # fmt: skip
 
 
 def published(model: str) -> dict[str, tuple[float, float]]:
@@ -149,21 +129,19 @@ def local_copies(names: Sequence[str], roots: Sequence[str]) -> tuple[dict[str, 
     found, problems, parents = {}, [], []
     for root in roots:
         name, equals, path = root.partition("=")
-        if equals and name in BENCHMARKS:
-            found[name] = Path(os.path.expanduser(path))
-            if not os.path.exists(found[name]):
-                problems.append(f"benchmark_root={root!r}: there is no {path!r}")
-        elif not os.path.isdir(os.path.expanduser(root)):
+        named = bool(equals) and name in BENCHMARKS
+        place = Path(os.path.expanduser(path if named else root))
+        if named:
+            found[name] = place
+            problems += [] if os.path.exists(place) else [f"benchmark_root={root!r}: there is no {path!r}"]
+        elif os.path.isdir(place):
+            parents.append(place)
+        else:
             fix = f"give a folder that exists, or name=path; names: {', '.join(BENCHMARKS)}"
             problems.append(f"benchmark_root={root!r}: {fix}")
-        else:
-            parents.append(Path(os.path.expanduser(root)))
-    for name in names if parents else ():
-        if name in found:
-            continue
+    for name in [name for name in names if parents and name not in found]:
         wanted = (name, Path(BENCHMARKS[name].source).name)
-        places = [parent / place for parent in parents for place in wanted if (parent / place).exists()]
-        if places:
+        if places := [parent / place for parent in parents for place in wanted if (parent / place).exists()]:
             found[name] = places[0]
         else:
             fix = f"give {name}=path, or leave benchmark_root out to read {BENCHMARKS[name].source} from the Hub"
@@ -191,11 +169,9 @@ def load_benchmark(
     benchmark = BENCHMARKS[name]
     try:
         dataset, path = _open(benchmark, copy, revision)
-    except DataError:
-        raise
     except Exception as error:  # whatever pyarrow, fsspec and the Hub raise
         where = str(copy) if copy else f"{benchmark.source} of the Hub"
-        hint = "" if copy else "; download it and give --benchmark_root " + f"{name}=FOLDER"
+        hint = "" if copy else f"; download it and give --benchmark_root {name}=FOLDER"
         raise DataError(f"{name}: {where} cannot be read ({type(error).__name__}: {error}){hint}") from error
     if benchmark.pictureless:
         dataset = _with_pictures(name, dataset, column_of(benchmark, "image", dataset.column_names))

@@ -9,6 +9,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
+from itertools import islice
 
 from tqdm import tqdm
 
@@ -108,26 +109,31 @@ class _Measures:
     def close(self) -> None:
         self._pool.shutdown(cancel_futures=True)
 
-    def begin(self, measure: Callable, image) -> tuple:
-        """Start to measure `image`, unless that was done before; returns the key for `size`."""
-        content = image if isinstance(image, bytes) else repr(image).encode()
-        key = measure.__name__, hashlib.sha256(content).digest()
-        if key not in self._found:
-            self._found[key] = self._pool.submit(measure, image)
-        return key
+    def begin(self, example: dict) -> list[tuple]:
+        """Start to measure the pictures, then the masks, that are new; returns the keys of all for `size`."""
+        keys, masks = [], [(measure_mask, mask) for mask in example.get("masks", ()) if mask]
+        for measure, image in [*((measure_picture, image) for image in example["images"]), *masks]:
+            content = image if isinstance(image, bytes) else repr(image).encode()
+            keys.append((measure.__name__, hashlib.sha256(content).digest()))
+            if keys[-1] not in self._found:
+                self._found[keys[-1]] = self._pool.submit(_size_or_problem, measure, image)
+        return keys
 
     def size(self, key: tuple) -> tuple[int, int]:
         """(width, height) in pixels. Raises DataError for a bad picture."""
         found = self._found[key]
         if isinstance(found, Future):
-            try:
-                found = found.result()
-            except DataError as error:
-                found = str(error)  # the error itself would keep the picture in memory
-            self._found[key] = found
+            found = self._found[key] = found.result()
         if isinstance(found, str):
             raise DataError(found)
         return found
+
+
+def _size_or_problem(measure: Callable, image) -> tuple[int, int] | str:
+    try:
+        return measure(image)
+    except DataError as error:
+        return str(error)  # the error itself would keep the picture in memory
 
 
 def check_rows(rows: Rows, box_format: str, limit: int | None, require_boxes: bool) -> tuple[array, list[str]]:
@@ -137,7 +143,7 @@ def check_rows(rows: Rows, box_format: str, limit: int | None, require_boxes: bo
     """
     chosen, skipped, rows_of_ids = array("q"), [], {}
     with closing(_Measures()) as measures:
-        for row, label, example in _read_ahead(rows, measures):
+        for row, label, example, keys in _read_ahead(rows, measures):
             try:
                 if isinstance(example, DataError):
                     raise example
@@ -146,7 +152,7 @@ def check_rows(rows: Rows, box_format: str, limit: int | None, require_boxes: bo
                     raise DataError(f"{first} has the same id; make every id unique, or leave it out")
                 if require_boxes and not any(any(example.get(name, ())) for name in ("boxes", "polygons", "masks")):
                     raise DataError(NO_REGION)
-                _check_regions(example, measures, box_format)
+                _check_regions(example, map(measures.size, keys), box_format)
             except DataError as error:
                 skipped.append(f"{label}: {error}")
             else:
@@ -157,8 +163,8 @@ def check_rows(rows: Rows, box_format: str, limit: int | None, require_boxes: bo
     return chosen, skipped
 
 
-def _read_ahead(rows: Rows, measures: _Measures) -> Iterator[tuple[int, str, dict | DataError]]:
-    """(index, label, example or error) of every row, with the pictures of the next rows being decoded."""
+def _read_ahead(rows: Rows, measures: _Measures) -> Iterator[tuple[int, str, dict | DataError, list[tuple]]]:
+    """(index, label, example or error, keys) of every row, with the pictures of the next rows being decoded."""
     waiting = deque()
     for row in tqdm(range(len(rows)), desc=f"checking {rows.name}", disable=len(rows) <= 200):
         label = rows.label(row)
@@ -167,35 +173,28 @@ def _read_ahead(rows: Rows, measures: _Measures) -> Iterator[tuple[int, str, dic
             if parsed["id"] != label:
                 label += f" (id {parsed['id']!r:.100})"
             example = check_row(parsed, rows.folder)
+            waiting.append((row, label, example, measures.begin(example)))
         except DataError as error:
-            waiting.append((row, label, error))
-        else:
-            _begin(example, measures)
-            waiting.append((row, label, example))
+            waiting.append((row, label, error, []))
         if len(waiting) > READ_AHEAD * measures.num_workers:
             yield waiting.popleft()
     yield from waiting
 
 
-def _begin(example: dict, measures: _Measures) -> tuple[list, list]:
-    """Start to measure an example's pictures and masks; returns their keys, None for no mask."""
-    pictures = [measures.begin(measure_picture, image) for image in example["images"]]
-    masks = example.get("masks", [None] * len(pictures))
-    return pictures, [mask and measures.begin(measure_mask, mask) for mask in masks]
+def _check_regions(example: dict, measured: Iterator[tuple[int, int]], box_format: str) -> None:
+    """Raises DataError for pictures that are too large together, and for regions that do not fit them.
 
-
-def _check_regions(example: dict, measures: _Measures, box_format: str) -> None:
-    """Raises DataError for pictures that cannot be decoded, and for regions that do not fit them."""
-    pictures, masks = _begin(example, measures)
-    sizes = [measures.size(key) for key in pictures]
+    measured   (width, height) of the pictures, then of the masks; raises DataError at one that cannot be decoded
+    """
+    sizes = list(islice(measured, len(example["images"])))
     area = sum(width * height for width, height in sizes)
     if area > MAX_PIXELS_OF_ROW:  # all pictures of a row are in memory at once
         fix = f"shrink them to {MAX_PIXELS_OF_ROW} or less, or give fewer"
         raise DataError(f"{len(sizes)} pictures of {area} pixels in all; {fix}")
     fit_regions(example, sizes, box_format)
-    for mask, key, size in zip(example.get("masks", masks), masks, sizes, strict=True):
-        if key and measures.size(key) != size:
-            (width, height), name = measures.size(key), mask if isinstance(mask, str) else "in memory"
+    for mask, size in zip(example.get("masks", ()), sizes, strict=False):
+        if mask and (found := next(measured)) != size:
+            (width, height), name = found, mask if isinstance(mask, str) else "in memory"
             both = f"{width} x {height} pixels, its picture {size[0]} x {size[1]}"
             fix = "give it the size of the original picture as a viewer shows it"
             raise DataError(f"mask {name!r:.200} has {both}; {fix}")

@@ -116,10 +116,7 @@ def load_examples(
     if box_format not in BOX_FORMATS:
         raise ValueError(f"box_format is {box_format!r}; valid ones: {', '.join(BOX_FORMATS)}")
     if data.partition(":")[0] == "scenes":
-        try:
-            scenes = load_scenes(f"scenes:{split}" if data == "scenes" else data)
-        except ValueError as error:
-            raise DataError(str(error)) from error
+        scenes = load_scenes(f"scenes:{split}" if data == "scenes" else data)
         every = range(len(scenes))  # our own, nothing to check
         return Examples(Rows(data, scenes, every, DataFolder(Path())), every[:limit])
     rows = open_rows(data, split, allowed_folders or ())

@@ -9,6 +9,7 @@ import threading
 import warnings
 from collections.abc import Iterable
 from contextlib import nullcontext
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -185,7 +186,7 @@ class DataFolder:
             if inner.parent.name == "snapshots" and blobs.is_dir() and not blobs.is_symlink():
                 roots.append(blobs)
         self._refused: dict[str, None] = {}
-        self._real_folders: dict[str, str] = {}
+        self._real_folder = lru_cache(MAX_REMEMBERED)(os.path.realpath)
         self._roots = tuple(os.path.realpath(root) for root in roots)
 
     def resolve(self, kind: str, path: str) -> str:
@@ -209,11 +210,9 @@ class DataFolder:
     def _real(self, full: str) -> str:
         """os.path.realpath, with the real paths of folders cached."""
         folder, name = os.path.split(full)
-        if folder not in self._real_folders and len(self._real_folders) < MAX_REMEMBERED:
-            self._real_folders[folder] = os.path.realpath(folder)
-        if folder not in self._real_folders or name in ("", ".", ".."):
+        if name in ("", ".", ".."):
             return os.path.realpath(full)
-        real = os.path.join(self._real_folders[folder], name)
+        real = os.path.join(self._real_folder(folder), name)
         return os.path.realpath(real) if os.path.islink(real) else real
 
     def hint(self) -> str:

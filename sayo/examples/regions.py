@@ -7,15 +7,20 @@ to 1) or thousandths (_1000). Fitted regions are in pixels of the picture as a v
 
 import math
 from collections.abc import Sequence
+from itertools import chain
 
 import numpy as np
-from PIL import Image, ImageChops, ImageDraw
+from PIL import Image, ImageDraw
 
 from sayo.examples.pictures import DataError
 
 BOX_FORMATS = ("xyxy", "xywh", "xyxy_normalized", "xywh_normalized", "xyxy_1000", "xywh_1000")
 FORMS = {"xyxy": ("[x1, y1, x2, y2]", "x1 < x2 and y1 < y2"), "xywh": ("[x, y, w, h]", "w > 0 and h > 0")}
-UNITS = {"": None, "normalized": 1, "1000": 1000}  # the number for a whole side of the picture; None for pixels
+UNITS = {  # the number for a whole side of the picture, None for pixels; what a message says to write
+    "": (None, "write pixels of the original picture as a viewer shows it, not of a resized copy"),
+    "normalized": (1, "write numbers from 0 to 1"),
+    "1000": (1000, "write numbers from 0 to 1000"),
+}
 # Pixels that a region may stick out of its picture by rounding; it is clipped. In fractions and thousandths at least a
 # thousandth of the side, the last digit of most such files.
 EDGE_TOLERANCE = 1
@@ -28,11 +33,12 @@ def is_number(value) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < math.inf
 
 
-def _depth(value) -> int:
-    """The nesting depth of lists: 0 for a number, 2 for [[1, 2], [3, 4]]."""
+def nesting(value, *kinds: type) -> int:
+    """The nesting depth of lists (or of these kinds): 0 for a number, 2 for [[1, 2], [3, 4]]."""
     depth, level = 0, [value]
-    while lists := [entry for entry in level if isinstance(entry, list)]:  # hostile files nest too deeply to recurse
-        depth, level = depth + 1, [inner for entry in lists for inner in entry]
+    while level := [entry for entry in level if isinstance(entry, kinds or list)]:  # too deep to recurse, if hostile
+        inner = [entry.values() if isinstance(entry, dict) else entry for entry in level]
+        depth, level = depth + 1, list(chain.from_iterable(inner))
     return depth
 
 
@@ -70,14 +76,14 @@ def polygons_per_image(polygons, num_images: int) -> list[list]:
         forms = "[[[x, y], [x, y], [x, y], ...], ...] or [[x1, y1, x2, y2, x3, y3, ...], ...]"
         fix = f"write a list of polygons, {forms}; a run-length code: write it as a mask picture"
         raise DataError(f"polygons is {polygons!r:.200}; {fix}")
-    if (depth := _depth(polygons)) > 4:  # images or objects, polygons, points, numbers
+    if (depth := nesting(polygons)) > 4:  # images or objects, polygons, points, numbers
         raise DataError(f"polygons is nested {depth} lists deep; write [[[x, y], [x, y], [x, y], ...], ...]")
     if num_images == 1 and any(polygons) and all(map(_is_object, polygons)):
         polygons = [[polygon for polygons_of_object in polygons for polygon in polygons_of_object]]
     only = polygons[0] if len(polygons) == 1 else None
     # Lists of two numbers are points, longer ones flat polygons.
     has_polygons = isinstance(only, list) and any(isinstance(entry, list) and len(entry) > 2 for entry in only)
-    wrapped = num_images > 1 or len(polygons) == 1 and (only in (None, []) or has_polygons or _depth(only) > 2)
+    wrapped = num_images > 1 or len(polygons) == 1 and (only in (None, []) or has_polygons or nesting(only) > 2)
     groups = _one_for_each("polygons", polygons, num_images) if wrapped else [polygons]
     return [_polygons(group) for group in groups]
 
@@ -85,7 +91,7 @@ def polygons_per_image(polygons, num_images: int) -> list[list]:
 def _is_object(value) -> bool:
     """Whether it can only be a list of polygons: a list of two numbers is a point, a longer one a flat polygon."""
     return isinstance(value, list) and all(
-        isinstance(entry, list) and (len(entry) > 2 if _depth(entry) == 1 else _depth(entry) == 2) for entry in value
+        isinstance(entry, list) and (len(entry) > 2 if nesting(entry) == 1 else nesting(entry) == 2) for entry in value
     )
 
 
@@ -95,8 +101,8 @@ def _polygons(group) -> list[list]:
         return []
     if not isinstance(group, list):
         raise DataError(f"polygons of an image are {group!r:.200}; write a list of polygons for each image")
-    is_points = all(isinstance(point, list) and len(point) == 2 and _depth(point) == 1 for point in group)
-    if is_points or (_depth(group) == 1 and isinstance(group[0], int | float)):
+    is_points = all(isinstance(point, list) and len(point) == 2 and nesting(point) == 1 for point in group)
+    if is_points or (nesting(group) == 1 and isinstance(group[0], int | float)):
         group = [group]
     return [_points(polygon) for polygon in group]
 
@@ -114,20 +120,19 @@ def _points(polygon) -> list:
 def fit_box(box, width: int, height: int, box_format: str = "xyxy") -> list:
     """The box as [x1, y1, x2, y2] in pixels, clipped to its picture. Raises DataError."""
     corners, _, unit = box_format.partition("_")
-    form, rule = FORMS[corners]
+    name, (form, rule) = f"box {box!r:.200}", FORMS[corners]
     if not isinstance(box, list) or len(box) != 4 or not all(map(is_number, box)):
-        raise DataError(f"box {box!r:.200} is not four finite numbers; write boxes as [{form}, ...]")
+        raise DataError(f"{name} is not four finite numbers; write boxes as [{form}, ...]")
     if min(box[2:]) <= 0 if corners == "xywh" else box[2] <= box[0] or box[3] <= box[1]:
         other = "xywh" if corners == "xyxy" else "xyxy"
         fix = f"give --box_format {box_format.replace(corners, other)} for those"
-        raise DataError(f"box {box!r:.200} has no area; write {form} with {rule}, not {FORMS[other][0]}; {fix}")
-    _check_fractions(f"box {box!r:.200}", box, width, height, box_format)
+        raise DataError(f"{name} has no area; write {form} with {rule}, not {FORMS[other][0]}; {fix}")
+    _check_fractions(name, box, width, height, box_format)
     if fitted := _corners(box, width, height, box_format):
         return fitted
     inside = [other for other in BOX_FORMATS if _corners(box, width, height, other)]
     hint = f"; in --box_format {' or '.join(inside)} it would be inside" if inside else ""
-    size = f"{width} x {height} pixels"
-    raise DataError(f"box {box!r:.200} is outside of its picture of {size}; {_valid_numbers(unit)}{hint}")
+    raise DataError(f"{name} is outside of its picture of {width} x {height} pixels; {UNITS[unit][1]}{hint}")
 
 
 def _check_fractions(name: str, numbers: list, width: int, height: int, box_format: str) -> None:
@@ -140,15 +145,15 @@ def _check_fractions(name: str, numbers: list, width: int, height: int, box_form
 
 def fit_polygon(points: list, width: int, height: int, box_format: str = "xyxy") -> list[list]:
     """The polygon's points [x, y] in pixels, clipped to its picture. Raises DataError."""
-    if not all(isinstance(point, list) and len(point) == 2 and all(map(is_number, point)) for point in points):
-        raise DataError(f"polygon {points!r:.200} is not made of pairs of finite numbers; write [[x, y], [x, y], ...]")
-    if len(points) < 3:
-        raise DataError(f"polygon {points!r:.200} has {len(points)} points; write three or more, a box goes to boxes")
     unit, name, size = box_format.partition("_")[2], f"polygon {points!r:.200}", f"{width} x {height} pixels"
-    _check_fractions(name, [n for point in points for n in point], width, height, box_format)
+    if not all(isinstance(point, list) and len(point) == 2 and all(map(is_number, point)) for point in points):
+        raise DataError(f"{name} is not made of pairs of finite numbers; write [[x, y], [x, y], ...]")
+    if len(points) < 3:
+        raise DataError(f"{name} has {len(points)} points; write three or more, a box goes to boxes")
+    _check_fractions(name, list(chain.from_iterable(points)), width, height, box_format)
     fitted = _fit_points(points, width, height, unit)
     if fitted is None:
-        fix = f"{_valid_numbers(unit)}, or give the --box_format that they are in"
+        fix = f"{UNITS[unit][1]}, or give the --box_format that they are in"
         raise DataError(f"{name} is outside of its picture of {size}; {fix}")
     if _on_a_line(fitted):
         raise DataError(f"{name} has no area within its picture of {size}; write the points around the region")
@@ -179,18 +184,16 @@ def _corners(box: list, width: int, height: int, box_format: str) -> list | None
 
 def _fit_points(points: list[list], width: int, height: int, unit: str) -> list[list] | None:
     """Points [x, y] in pixels, clipped to the picture; None when rounding does not explain how far one is outside."""
-    whole, fitted = UNITS[unit], []
-    for point in points:
-        fitted.append([])
-        for number, side in zip(point, (width, height), strict=True):
-            if abs(number) >= LARGEST:
-                return None
-            pixels = number if whole is None else number * side / whole
-            tolerance = EDGE_TOLERANCE if whole is None else max(EDGE_TOLERANCE, side / 1000)
-            if not -tolerance <= pixels <= side + tolerance:
-                return None
-            fitted[-1].append(min(max(pixels, 0), side))
-    return fitted
+    whole, fitted = UNITS[unit][0], []
+    if any(abs(number) >= LARGEST for number in chain.from_iterable(points)):
+        return None
+    for side, numbers in zip((width, height), zip(*points, strict=True), strict=True):
+        pixels = [number if whole is None else number * side / whole for number in numbers]
+        tolerance = EDGE_TOLERANCE if whole is None else max(EDGE_TOLERANCE, side / 1000)
+        if min(pixels) < -tolerance or max(pixels) > side + tolerance:
+            return None
+        fitted.append([min(max(number, 0), side) for number in pixels])
+    return list(map(list, zip(*fitted, strict=True)))
 
 
 def _on_a_line(points: list[list]) -> bool:
@@ -199,11 +202,6 @@ def _on_a_line(points: list[list]) -> bool:
     longest = offsets[np.square(offsets).sum(1).argmax()]
     across = offsets[:, 0] * longest[1] - offsets[:, 1] * longest[0]  # (n,)
     return bool((abs(across) <= 1e-9 * (longest @ longest)).all())
-
-
-def _valid_numbers(unit: str) -> str:
-    pixels = "write pixels of the original picture as a viewer shows it, not of a resized copy"
-    return f"write numbers from 0 to {UNITS[unit]}" if unit else pixels
 
 
 def regions_of(example: dict) -> list[tuple]:
@@ -232,33 +230,30 @@ def paint_region(
     another size.
     """
     width, height = size
-    region = Image.new("L", size)
+    inside = np.zeros((height, width), dtype=bool)
     for x1, y1, x2, y2 in boxes:
         if x2 <= x1 or y2 <= y1 or x2 <= 0 or y2 <= 0 or x1 >= width or y1 >= height:
             raise ValueError(f"box {[x1, y1, x2, y2]}: give x1 < x2 and y1 < y2 within its {width} x {height} picture")
-        left, top = round(x1), round(y1)
-        # Pillow's rectangle includes its last pixel, a box does not. At least one pixel is painted.
-        right, bottom = max(left + 1, round(x2)) - 1, max(top + 1, round(y2)) - 1
-        left, top = min(left, width - 1), min(top, height - 1)
-        ImageDraw.Draw(region).rectangle((left, top, max(left, right), max(top, bottom)), fill=255)
+        left, top = min(max(0, round(x1)), width - 1), min(max(0, round(y1)), height - 1)
+        inside[top : max(top + 1, round(y2)), left : max(left + 1, round(x2))] = True
     for polygon in polygons:
-        _paint_polygon(region, np.asarray(polygon, dtype=float))
+        _paint_polygon(inside, np.asarray(polygon, dtype=float))
     if mask is not None:
         if mask.size != size:
             raise ValueError(f"mask of {mask.width} x {mask.height} pixels for a picture of {width} x {height}")
-        region = ImageChops.lighter(region, mask.convert("L").point(lambda value: 255 if value else 0))
-    return region
+        inside |= np.asarray(mask.convert("L")) > 0
+    return Image.fromarray(inside.astype(np.uint8) * 255)
 
 
-def _paint_polygon(region: Image.Image, points: np.ndarray) -> None:
-    """Paint the pixels whose centers are inside points (n, 2); Pillow's polygon would paint its border, too."""
+def _paint_polygon(inside: np.ndarray, points: np.ndarray) -> None:
+    """Mark pixels (height, width) whose centers points (n, 2) enclose; Pillow's polygon would paint its border, too."""
     if points.ndim != 2 or points.shape[1] != 2 or len(points) < 3:
         raise ValueError(f"polygon {points.tolist()}: give three or more points [x, y]")
-    (left, top), (right, bottom) = points.min(0), points.max(0)
-    if right <= 0 or bottom <= 0 or left >= region.width or top >= region.height:
-        raise ValueError(f"polygon {points.tolist()}: give points within its {region.width} x {region.height} picture")
-    left, top = max(0, math.floor(left)), max(0, math.floor(top))
-    right, bottom = min(region.width, math.ceil(right)), min(region.height, math.ceil(bottom))
+    size = inside.shape[::-1]
+    if (points.max(0) <= 0).any() or (points.min(0) >= size).any():
+        raise ValueError(f"polygon {points.tolist()}: give points within its {size[0]} x {size[1]} picture")
+    left, top = np.floor(points.min(0)).astype(int).clip(0)
+    right, bottom = np.minimum(np.ceil(points.max(0)).astype(int), size)
     crossed = np.zeros((bottom - top, right - left + 1), dtype=bool)  # (rows, columns and one beyond)
     for (x1, y1), (x2, y2) in zip(points, np.roll(points, -1, axis=0), strict=True):
         if y1 == y2:
@@ -268,9 +263,9 @@ def _paint_polygon(region: Image.Image, points: np.ndarray) -> None:
         x = x1 + (rows + 0.5 - y1) * (x2 - x1) / (y2 - y1)  # where the edge crosses the rows
         columns = np.ceil(x - 0.5).astype(int).clip(left, right)  # the first center right of it
         crossed[rows - top, columns - left] ^= True
-    inside = np.logical_xor.accumulate(crossed, axis=1)[:, :-1]
-    if inside.any():
-        region.paste(255, (left, top), Image.fromarray(inside.astype(np.uint8) * 255))
-    else:
-        last = (region.width - 1, region.height - 1)
-        ImageDraw.Draw(region).polygon([tuple(point) for point in np.floor(points).clip(0, last)], fill=255)
+    painted = np.logical_xor.accumulate(crossed, axis=1)[:, :-1]
+    inside[top:bottom, left:right] |= painted
+    if not painted.any():
+        touched, last = Image.new("1", size), np.subtract(size, 1)
+        ImageDraw.Draw(touched).polygon([tuple(point) for point in np.floor(points).clip(0, last)], fill=1)
+        inside |= np.asarray(touched)

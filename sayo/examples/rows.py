@@ -13,6 +13,7 @@ from pathlib import Path
 from huggingface_hub.constants import HF_HUB_CACHE
 
 from sayo.examples.pictures import DataError, DataFolder
+from sayo.examples.regions import nesting
 
 VALID_DATA = (
     "scenes, scenes:validation, scenes:heldout, scenes:newtype, a .jsonl, .json or .parquet file, or a folder or Hub "
@@ -55,40 +56,25 @@ class Table(Sequence):
     """The rows of a `datasets` table as dicts, with pictures still encoded and class labels by name."""
 
     def __init__(self, dataset):
-        self._rows = dataset.with_format("arrow")  # the default format would decode the pictures
-        self._labels = {name: feature for name, feature in dataset.features.items() if _has_labels(feature)}
+        # The default format would decode the pictures.
+        self._rows, self._features = dataset.with_format("arrow"), dataset.features
 
     def __len__(self) -> int:
         return len(self._rows)
 
     def __getitem__(self, index: int) -> dict:
-        row = self._rows[index].to_pylist()[0]
-        return row | {name: _with_names(row[name], feature) for name, feature in self._labels.items()}
-
-
-def _inner(feature):
-    """The element feature of a list feature; None for any other feature."""
-    return feature[0] if isinstance(feature, list) else getattr(feature, "feature", None)
-
-
-def _is_label(feature) -> bool:
-    return getattr(feature, "_type", None) == "ClassLabel"
-
-
-def _has_labels(feature) -> bool:
-    if isinstance(feature, dict):
-        return any(map(_has_labels, feature.values()))
-    return _is_label(feature) or (_inner(feature) is not None and _has_labels(_inner(feature)))
+        return _with_names(self._rows[index].to_pylist()[0], self._features)
 
 
 def _with_names(value, feature):
     """The value with class labels as names, None for a number without a name, such as -1 for "no label"."""
-    if _is_label(feature):
+    if getattr(feature, "_type", None) == "ClassLabel":
         return feature.names[value] if value is not None and 0 <= value < len(feature.names) else None
     if isinstance(feature, dict) and isinstance(value, dict):
         return {name: _with_names(entry, feature[name]) for name, entry in value.items()}
-    if _inner(feature) is not None and isinstance(value, list):
-        return [_with_names(entry, _inner(feature)) for entry in value]
+    inner = feature[0] if isinstance(feature, list) else getattr(feature, "feature", None)  # of the elements of a list
+    if inner is not None and isinstance(value, list):
+        return [_with_names(entry, inner) for entry in value]
     return value
 
 
@@ -128,9 +114,8 @@ class Rows:
             seen |= dict.fromkeys(_column_names(parsed))
             if not missing:
                 break
-        if problems or missing:
-            absent = [(name, column) for name, column in columns.items() if column in missing]
-            problems += [f"{name}={column}: no row has {column!r}" for name, column in absent]
+        absent = [(name, column) for name, column in columns.items() if column in missing]
+        if problems := problems + [f"{name}={column}: no row has {column!r}" for name, column in absent]:
             listed = [*list(seen)[:MAX_COLUMNS], *(["..."] if len(seen) > MAX_COLUMNS else [])]
             message = "\n  ".join([f"--fields does not fit {self.name}:", *problems])
             raise DataError(message + (f"\ncolumns are: {', '.join(listed)}" if seen else ""))
@@ -225,13 +210,11 @@ def _open_json(data: str, path: Path, folder: DataFolder) -> Rows:
 
 def _parse(row) -> dict:
     """The dict in a line of JSON (bytes), or a row that is parsed already."""
-    parsed = row
-    if isinstance(row, bytes):
-        try:
-            parsed = json.loads(row, object_pairs_hook=_object)
-        except (ValueError, RecursionError) as error:
-            raise DataError(f"not JSON ({error}): {row[:60]!r}; write one JSON object per line") from error
-    if _is_too_deep(parsed):
+    try:
+        parsed = json.loads(row, object_pairs_hook=_object) if isinstance(row, bytes) else row
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"not JSON ({error}): {row[:60]!r}; write one JSON object per line") from error
+    if nesting(parsed, list, dict) > MAX_DEPTH:
         fix = 'write one object, {"image": ..., "question": ...}'
         raise DataError(f"nested more than {MAX_DEPTH} lists or objects deep; {fix}")
     if not isinstance(parsed, dict):
@@ -246,16 +229,6 @@ def _object(pairs: list[tuple]) -> dict:
     return found
 
 
-def _is_too_deep(value) -> bool:
-    level = [value]
-    for _ in range(MAX_DEPTH + 1):
-        lists = [entry.values() if isinstance(entry, dict) else entry for entry in level if type(entry) in (list, dict)]
-        if not lists:
-            return False
-        level = [inner for entry in lists for inner in entry]
-    return True
-
-
 def _rename(row: dict, columns: dict[str, str]) -> dict:
     """The row with the mapped names. A mapped name has no value where its column is missing, whatever the row holds.
 
@@ -264,10 +237,8 @@ def _rename(row: dict, columns: dict[str, str]) -> dict:
     if not columns:
         return row
     moved = {name: _look_up(row, column) for name, column in columns.items()}
-    gone = {*columns, *(SIBLINGS[name] for name in columns if name in SIBLINGS)}
-    for name, column in columns.items():
-        if column not in NAMES or (name in REGIONS and column in REGIONS):
-            gone.add(column)
+    both_regions = {column for name, column in columns.items() if name in REGIONS and column in REGIONS}
+    gone = {*columns, *map(SIBLINGS.get, columns), *(set(columns.values()) - set(NAMES)), *both_regions}
     kept = {name: value for name, value in row.items() if name not in gone}
     return kept | {name: value for name, value in moved.items() if value is not MISSING}
 

@@ -39,12 +39,10 @@ class RegionsConfig:
     region_layers: list[int] | None = option(
         None, "Decoder layers whose relative attention makes regions, -1 the last; all by default."
     )
-    region_share: float = option(0.2, "Share of a picture's cells that an attention region covers.")
+    region_share: float = option(0.2, "Share of a picture's cells that an attention region covers.", above=0, at_most=1)
 
     def problems(self) -> list[str]:
         found = super().problems()
-        if not 0 < self.region_share <= 1:
-            found.append(f"region_share={self.region_share}: give more than 0, at most 1")
         if Path(self.regions_folder).exists() and not Path(self.regions_folder).is_dir():
             found.append(f"regions_folder={self.regions_folder!r}: give the name of a folder")
         return found
@@ -78,13 +76,10 @@ def region_settings(model, config) -> dict:
     """Everything that regions depend on, except the examples."""
     name = config.policy_arguments(0)["model"]
     names = ("revision", "load_in_4bit", "max_pixels", "system_prompt", "region_share")
-    return {
-        "model": portable_name(name),
-        "files": digest(Path(name)) if Path(name).is_dir() else getattr(base_model(model).config, "_commit_hash", None),
-        "dtype": str(compute_dtype(model)).removeprefix("torch."),
-        "region_layers": region_layers(model, config),
-        "generic_question": GENERIC_QUESTION,
-    } | {name: getattr(config, name) for name in names}
+    commit = getattr(base_model(model).config, "_commit_hash", None)
+    found = {"model": portable_name(name), "files": digest(Path(name)) if Path(name).is_dir() else commit}
+    found |= {"dtype": str(compute_dtype(model)).removeprefix("torch."), "region_layers": region_layers(model, config)}
+    return found | {"generic_question": GENERIC_QUESTION} | {name: getattr(config, name) for name in names}
 
 
 def region_layers(model, config) -> list[int]:
@@ -100,12 +95,6 @@ def region_layers(model, config) -> list[int]:
 def short_hash(value) -> str:
     """Eight hex digits that identify a JSON value."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:8]
-
-
-def store_path(config, settings: dict) -> Path:
-    """The file of a data set, model and settings."""
-    parts = [re.sub(r"[^\w.-]+", "-", part)[-60:].strip("-.") for part in (config.data, config.model)]
-    return Path(config.regions_folder) / f"{'+'.join(parts)}+{short_hash(settings)}.jsonl"
 
 
 def fingerprint(row: dict) -> str:
@@ -126,10 +115,8 @@ def stored_regions(path: Path, settings: dict) -> dict[str, dict]:
     rows = [row for _, row in read_jsonl(path)] if path.exists() else []
     wrong = [row for row in rows if row.get("settings") != short_hash(settings) or not {"example", "boxes"} <= {*row}]
     if wrong:
-        raise ConfigError(
-            f"{str(path)!r}: {len(wrong)} of {len(rows)} lines were made with other settings, the first is "
-            f"{wrong[0].get('id')!r}; delete the file, or give another --regions_folder"
-        )
+        said = f"{len(wrong)} of {len(rows)} lines were made with other settings, the first is {wrong[0].get('id')!r}"
+        raise ConfigError(f"{str(path)!r}: {said}; delete the file, or give another --regions_folder")
     return {row["example"]: row for row in rows}
 
 
@@ -158,7 +145,9 @@ def attention_regions(model, processor, examples: Examples, indices: Iterable[in
     from accelerate.utils import gather_object
 
     state, settings = PartialState(), region_settings(model, config)
-    path, stamp = store_path(config, settings), short_hash(settings)
+    stamp = short_hash(settings)
+    parts = [re.sub(r"[^\w.-]+", "-", part)[-60:].strip("-.") for part in (config.data, config.model)]
+    path = Path(config.regions_folder) / f"{'+'.join([*parts, stamp])}.jsonl"
     stored = read_by_main(lambda: stored_regions(path, settings), state.is_main_process)
     names, identifiers = {}, {}
     for index in tqdm(sorted(set(indices)), desc="pictures", disable=None, leave=False, delay=5):
@@ -170,9 +159,9 @@ def attention_regions(model, processor, examples: Examples, indices: Iterable[in
         known = {row["id"] for row in stored.values()}
         if changed := [identifiers[index] for index in missing if identifiers[index] in known]:
             print(f"{path}: {len(changed)} examples changed, the first is {changed[0]!r}; computed again")
-    counts = {"total": len(names), "initial": len(names) - len(missing), "unit": "example"}
-    hidden, seconds = not missing or not state.is_main_process, 0.1 if sys.stderr.isatty() else 15
-    progress = tqdm(desc="regions", mininterval=seconds, disable=hidden, **counts)
+    shown = {"total": len(names), "initial": len(names) - len(missing), "desc": "regions", "unit": "example"}
+    shown |= {"disable": not missing or not state.is_main_process, "mininterval": 0.1 if sys.stderr.isatty() else 15}
+    progress = tqdm(**shown)
     options = {"layers": settings["region_layers"], "share": config.region_share}
     block_size = AT_A_TIME * state.num_processes
     with torch.no_grad(), evaluating(model), adapter_off(model):

@@ -43,10 +43,8 @@ def question_and_generic_attention(
         found = attention_maps(model, prompt, first, layers=layers, query="predictor", per_layer=True)
         both.append(found[:, 0].cpu())
     if not all(part.isfinite().all() for part in both):
-        raise PolicyError(
-            f"dtype: the attention of example {example.get('id')!r} is not finite; give --dtype bfloat16, or float32 "
-            "where the GPU has no bfloat16"
-        )
+        fix = "give --dtype bfloat16, or float32 where the GPU has no bfloat16"
+        raise PolicyError(f"dtype: the attention of example {example.get('id')!r} is not finite; {fix}")
     return tuple(both)
 
 
@@ -142,30 +140,3 @@ def attention_boxes(
     chosen = choose_cells(torch.cat([one.relative().mean(0) for one in maps]), share)
     parts = chosen.split([len(one.cells) for one in maps])
     return [merge_cells(one.cells[part]) for one, part in zip(maps, parts, strict=True)]
-
-
-def overlap(region: Tensor, coverage: Tensor) -> dict[str, float]:
-    """Agreement of a region with the true one, both given as the covered share of each cell, (n,) in [0, 1]."""
-    both = float(torch.minimum(region, coverage).sum())
-    sums = float(region.sum()), float(coverage.sum())
-    return {
-        "IoU": both / float(torch.maximum(region, coverage).sum()),
-        "precision": both / sums[0] if sums[0] else math.nan,
-        "recall": both / sums[1],
-        "area": sums[0] / len(region),
-    }
-
-
-def pointing(values: Tensor, coverage: Tensor) -> dict[str, float]:
-    """inside: share of a map (n,) inside the true region; hit: whether its highest cell touches it, 0 or 1."""
-    hit = float(coverage[values.argmax()] > 0)
-    return {"inside": float((values * coverage).sum() / values.sum()), "hit": hit}
-
-
-def baselines(maps: Sequence[PictureMap], sizes: Sequence[tuple[int, int]], share: float, seed: int) -> dict:
-    """{name: (values (n,), share of cells to take)} of regions chosen without a model."""
-    pairs = zip(maps, sizes, strict=True)
-    centers = [(one.cells[:, :2] + one.cells[:, 2:]) / 2 / torch.tensor(size) - 0.5 for one, size in pairs]
-    distance = torch.cat(centers).norm(dim=-1)  # (n,)
-    shuffled = torch.rand(len(distance), generator=torch.Generator().manual_seed(seed))
-    return {"random cells": (shuffled, share), "centre": (-distance, share), "whole picture": (-distance, 1.0)}

@@ -29,7 +29,6 @@ from itertools import accumulate
 
 from sayo.grader import math_answers
 
-ANSWER_TYPES = ("text", "yes_no", "number", "relaxed_number", "math", "letter", "list")
 MAX_CHARACTERS = 500  # of an answer, or twice the example's longest answer or choice
 MAX_MATH_CHARACTERS = 200
 RELATIVE_TOLERANCE = Fraction(5, 100)
@@ -46,8 +45,7 @@ def answer_block(text: str) -> tuple[int, str] | None:
 
 def extract_answer(text: str) -> str | None:
     """The content of the only <answer> block; None for none, several, or an empty one."""
-    block = answer_block(text)
-    return block[1] if block else None
+    return (answer_block(text) or (0, None))[1]
 
 
 _LOOKS = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)}  # fullwidth forms to ASCII
@@ -111,28 +109,22 @@ _NUMBER = re.compile(
     r"(?:e| ?[x×*] ?10 ?\^ ?\{?)(?P<exponent>[-+]?[0-9]{1,2})\}?)?"
     rf"(?: (?P<scale>{'|'.join(_SCALES)}))?(?P<unit> ?[^0-9 .,;:/+=()\[\]-][^0-9,;:+=()\[\]]{{0,40}})?"
 )
-_UNITS = {  # as written: canonical
-    "%": "%", "percent": "%", "per cent": "%", "percentage": "%", "$": "$", "dollar": "$", "usd": "$",
-    "us dollar": "$", "€": "€", "euro": "€", "eur": "€", "£": "£", "pound sterling": "£", "gbp": "£", "¥": "¥",
-    "yen": "¥", "°": "°", "degree": "°", r"^\circ": "°", r"^{\circ}": "°", r"\degree": "°", "°c": "°c",
-    "degree celsius": "°c", "°f": "°f", "degree fahrenheit": "°f", "mm": "mm", "millimeter": "mm", "cm": "cm",
-    "centimeter": "cm", "centimetre": "cm", "m": "m", "meter": "m", "metre": "m", "km": "km", "kilometer": "km",
-    "kilometre": "km", "in": "in", "inch": "in", "inche": "in", "ft": "ft", "foot": "ft", "feet": "ft", "mile": "mile",
-    "mg": "mg", "g": "g", "gram": "g", "kg": "kg", "kilogram": "kg", "ton": "ton", "tonne": "ton", "lb": "lb",
-    "ms": "ms", "s": "s", "sec": "s", "second": "s", "min": "min", "minute": "min", "h": "h", "hr": "h", "hour": "h",
-    "day": "day", "week": "week", "month": "month", "year": "year", "yr": "year", "ml": "ml", "l": "l", "liter": "l",
-    "litre": "l", "n": "n", "newton": "n", "j": "j", "joule": "j", "w": "w", "watt": "w", "v": "v", "volt": "v",
-    "hz": "hz", "mm²": "mm²", "cm²": "cm²", "m²": "m²", "km²": "km²", "cm³": "cm³", "m³": "m³", "cm^2": "cm²",
-    "cm^3": "cm³", "m^2": "m²", "m^3": "m³", "square meter": "m²", "square centimeter": "cm²", "m/s": "m/s",
-    "km/h": "km/h",
+_MEASURES = {  # a unit: its other spellings, in the singular; every plural in -s is known
+    "%": "percent|per cent|percentage", "$": "dollar|usd|us dollar", "€": "euro|eur", "£": "pound sterling|gbp",
+    "¥": "yen", "°": r"degree|^\circ|^{\circ}|\degree", "°c": "degree celsius", "°f": "degree fahrenheit",
+    "mm": "millimeter", "cm": "centimeter|centimetre", "m": "meter|metre", "km": "kilometer|kilometre",
+    "in": "inch|inche", "ft": "foot|feet", "mile": "", "mg": "", "g": "gram", "kg": "kilogram", "ton": "tonne",
+    "lb": "", "ms": "", "s": "sec|second", "min": "minute", "h": "hr|hour", "day": "", "week": "", "month": "",
+    "year": "yr", "ml": "", "l": "liter|litre", "n": "newton", "j": "joule", "w": "watt", "v": "volt", "hz": "",
+    "mm²": "", "cm²": "cm^2|square centimeter", "m²": "m^2|square meter", "km²": "", "cm³": "cm^3", "m³": "m^3",
+    "m/s": "", "km/h": "",
 }  # fmt: skip
-_MEASURES = set(_UNITS.values())
+_UNITS = {name: unit for unit, others in _MEASURES.items() for name in (unit, *others.split("|")) if name}
 
 
 def _unit(written: str) -> str:
     written = written.strip().rstrip(".")
-    singular = written.removesuffix("s")
-    return _UNITS.get(written) or _UNITS.get(singular) or singular
+    return _UNITS.get(written) or _UNITS.get(written.removesuffix("s"), written.removesuffix("s"))
 
 
 def quantity(text: str) -> tuple[Fraction, str] | None:
@@ -162,10 +154,7 @@ def _same_number(answer: str, gold: str, tolerance: Fraction = Fraction(0)) -> b
     if said is None or meant is None:
         return False
     (value, unit), (gold_value, gold_unit) = said, meant
-    known = unit in _MEASURES
-    if unit and unit != gold_unit and not (known and (not gold_unit or "%" == unit)):
-        return False
-    if unit == "%" and gold_unit not in ("", "%"):
+    if unit not in ("", gold_unit) and (gold_unit or unit not in _MEASURES):
         return False
     values = [value]
     if (unit == "%") != (gold_unit == "%"):  # 45% is 0.45; a chart in percent may omit the sign
@@ -223,7 +212,7 @@ def _same_math(answer: str, gold: str) -> bool:
         return _same_text(answer.casefold(), gold.casefold())
     quantities = [quantity(side.casefold()) for side in (answer, gold)]
     units = {found[1] for found in quantities if found}
-    if (None not in quantities and len(units) == 2 and units <= _MEASURES) or answer.casefold() == gold.casefold():
+    if (None not in quantities and len(units) == 2 and units <= set(_MEASURES)) or answer.casefold() == gold.casefold():
         return False  # other units, or letters in another case: math-verify ignores both
     if max(len(answer), len(gold)) > MAX_MATH_CHARACTERS or "$" in answer + gold:
         return False
@@ -237,6 +226,28 @@ def _same_math(answer: str, gold: str) -> bool:
     return math_answers.same_value(gold, answer)
 
 
+def _same_letter(answer: str, gold: str) -> bool:
+    letters = [_LETTER.fullmatch(side) for side in (answer, gold)]
+    return all(letters) and letters[0][1] == letters[1][1]
+
+
+def _same_relaxed(answer: str, gold: str) -> bool:
+    if quantity(gold):
+        return _same_text(answer, gold) or _same_number(answer, gold, RELATIVE_TOLERANCE)
+    return _items(answer) == _items(gold) if gold.startswith("[") else _same_text(answer, gold)
+
+
+# answer_type: whether two clean texts agree (lower case but for math), whether an example's can be one, what to write
+_TYPES = {
+    "text": (_same_text, bool, ""),
+    "yes_no": (lambda said, gold: _YES_NO.get(said, "") is _YES_NO.get(gold), _YES_NO.__contains__, "write yes or no"),
+    "number": (_same_number, quantity, "write one number, or leave answer_type out"),
+    "relaxed_number": (_same_relaxed, bool, ""),
+    "math": (_same_math, bool, ""),
+    "letter": (_same_letter, _LETTER.fullmatch, "write one letter"),
+    "list": (lambda said, gold: _items(said) == _items(gold) != Counter(), bool, ""),
+}
+ANSWER_TYPES = tuple(_TYPES)
 _LABELED = re.compile(r"[(\[]?([a-z]|[0-9]{1,2})[)\]]?(?: ?[.:)\]-] ?(.*))?", re.DOTALL)
 _NAMED_FIRST = re.compile(r"(.+?) ?\(([a-z]|[0-9]{1,2})\)", re.DOTALL)
 
@@ -256,10 +267,9 @@ def _choice(answer: str, choices: Sequence[str], answer_type: str | None = None)
     """The index of the choice that a clean answer names by text, label or both; None if there is none."""
     texts, said = [clean(str(choice)) for choice in choices], answer.casefold()
     folded = [text.casefold() for text in texts]
-    if answer in texts:
-        return texts.index(answer)
-    if said in folded:
-        return folded.index(said)
+    for text, known in ((answer, texts), (said, folded)):
+        if text in known:
+            return known.index(text)
     number, numbers = _plain_number(said), [_plain_number(text) for text in folded]
     found = [index for index, other in enumerate(numbers) if number is not None and number == other]
     found = found or [index for index, other in enumerate(numbers) if _same_plain(number, other)]
@@ -288,49 +298,24 @@ def is_correct(text: str, example: dict) -> bool:
     if said is None or len(said) > max(MAX_CHARACTERS, 2 * longest):
         return False
     answer_type, said, gold = example.get("answer_type"), clean(said), clean(gold)
-    if not said:
-        return False
-    if choices:
+    if said and choices:
         chosen, right = _choice(said, choices, answer_type), _choice(gold, choices)
         if None in (chosen, right):
             return False
         return chosen == right or clean(str(choices[chosen])) == clean(str(choices[right])) != ""
-    if answer_type == "math":
-        return _same_math(said, gold)
-    said, gold = said.casefold(), gold.casefold()
-    match answer_type:
-        case "yes_no":
-            return said in _YES_NO and _YES_NO[said] == _YES_NO.get(gold)
-        case "letter":
-            letters = [_LETTER.fullmatch(side) for side in (said, gold)]
-            return all(letters) and letters[0][1] == letters[1][1]
-        case "number":
-            return _same_number(said, gold)
-        case "relaxed_number" if quantity(gold):
-            return _same_text(said, gold) or _same_number(said, gold, RELATIVE_TOLERANCE)
-        case "relaxed_number" if gold.startswith("["):
-            return _items(said) == _items(gold)
-        case "list":
-            return bool(_items(gold)) and _items(said) == _items(gold)
-    return _same_text(said, gold)
+    if answer_type != "math":
+        said, gold = said.casefold(), gold.casefold()
+    return said != "" and _TYPES.get(answer_type, _TYPES["text"])[0](said, gold)
 
 
 def answer_problem(answer: str, answer_type, choices: Sequence[str] | None) -> str | None:
     """What is wrong with an example's answer and answer_type, given its choices; None if nothing is."""
     if not clean(answer):
         return f"answer {answer!r:.200} has nothing that could be compared; write words, a number or a formula"
-    if answer_type is None:
-        return None
-    if answer_type not in ANSWER_TYPES:
+    if answer_type not in (*ANSWER_TYPES, None):
         fix = f"write one of {', '.join(ANSWER_TYPES)}, leave it out, or rename the column"
         return f"answer_type is {answer_type!r:.200}; {fix}"
-    if choices and answer_type != "math":
+    if choices and answer_type not in ("math", None):
         return f"answer_type {answer_type!r} given beside choices, which have their own check; omit it, or write math"
-    gold = normalized(answer)
-    if answer_type == "yes_no" and gold not in _YES_NO:
-        return f"answer {answer!r:.200} has answer_type yes_no; write yes or no"
-    if answer_type == "number" and quantity(gold) is None:
-        return f"answer {answer!r:.200} has answer_type number; write one number, or leave answer_type out"
-    if answer_type == "letter" and not _LETTER.fullmatch(gold):
-        return f"answer {answer!r:.200} has answer_type letter; write one letter"
-    return None
+    _, is_valid, fix = _TYPES[answer_type or "text"]
+    return None if is_valid(normalized(answer)) else f"answer {answer!r:.200} has answer_type {answer_type}; {fix}"

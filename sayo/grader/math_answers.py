@@ -94,17 +94,16 @@ def _serve() -> None:
     from math_verify import LatexExtractionConfig, parse, verify
 
     unlimited = {"fallback_mode": "no_fallback", "parsing_timeout": None}  # alarms are set here, not by math-verify
+    alarm = getattr(signal, "alarm", lambda seconds: 0)  # without a handler, it ends the process, parent gone or not
     print("ready", file=answers, flush=True)
     for line in sys.stdin:
-        if hasattr(signal, "alarm"):  # without a handler, it ends the process, even when the parent is gone
-            signal.alarm(int(SECONDS) + 5)
+        alarm(int(SECONDS) + 5)
         try:
             sides = [parse(f"${side}$", [LatexExtractionConfig()], **unlimited) for side in json.loads(line)]
             equal = all(sides) and verify(*sides, timeout_seconds=None)
         except Exception:  # sympy raises nearly anything
             equal = False
-        if hasattr(signal, "alarm"):
-            signal.alarm(0)
+        alarm(0)
         print("equal" if equal else "different", file=answers, flush=True)
 
 

@@ -15,7 +15,6 @@ from transformers import AutoModelForImageTextToText
 from sayo.model import loading
 from sayo.model.attention import use_probed_attention
 from sayo.model.families import LANGUAGE_MODULE
-from sayo.model.lora import add_in_place
 from sayo.model.prompts import base_model
 
 WEIGHTS = ("language model", "vision tower weights", "embeddings", "head", "adapter")
@@ -41,18 +40,15 @@ def depths(config) -> list[int]:
 
 def fake_policy(config, settings) -> nn.Module:
     """The policy that load_policy makes of a model's config and a train_rl.Config, of fake tensors."""
-    stored = config.dtype or config.get_text_config().dtype or torch.float32
-    stored = getattr(torch, stored) if isinstance(stored, str) else stored
-    dtype = stored if settings.dtype == "auto" else getattr(torch, settings.dtype)
+    dtype = loading.choose_dtype(settings.dtype, config, torch.device("cpu"))
     with torch.device("meta"):
         policy = AutoModelForImageTextToText.from_config(config, dtype=dtype, attn_implementation="sdpa")
         use_probed_attention(policy)
         packed = _with_4bit_layers(policy, dtype) if settings.load_in_4bit else []
-        lora = settings.lora_rank, settings.lora_alpha, settings.lora_targets
         policy.requires_grad_(False)
         policy.is_loaded_in_4bit = settings.load_in_4bit  # peft asks
-        policy = loading._with_adapter(policy, None, *lora, settings.load_in_4bit)
-        add_in_place(policy)
+        lora = settings.lora_rank, settings.lora_alpha, settings.lora_targets
+        policy = loading.with_adapter(policy, None, *lora, settings.load_in_4bit)
     for layer in packed:
         count = layer.in_features * layer.out_features
         layer.weight = nn.Parameter(torch.empty((count + 1) // 2, 1, dtype=torch.uint8, device="meta"), False)
@@ -65,17 +61,15 @@ def fake_policy(config, settings) -> nn.Module:
 
 
 def _with_4bit_layers(policy: nn.Module, compute_dtype: torch.dtype) -> list[nn.Module]:
-    """Put bitsandbytes' layers where loading.load_policy has them: every linear layer of the language model."""
-    import bitsandbytes  # prints about its optional kernels: not when a script is imported
+    """Put bitsandbytes' layers where load_policy has them, and return them."""
+    from bitsandbytes.nn import Linear4bit  # prints about its optional kernels: not when a script is imported
+    from transformers.integrations.bitsandbytes import replace_with_bnb_linear
 
-    packed, options = [], {"compute_dtype": compute_dtype, "quant_type": "nf4", "compress_statistics": True}
-    for name, module in list(policy.named_modules()):
-        if type(module) is nn.Linear and re.search(LANGUAGE_MODULE, name):
-            shape = module.in_features, module.out_features, module.bias is not None
-            layer = bitsandbytes.nn.Linear4bit(*shape, **options)
-            layer.support_avx512bf16_for_cpu = False
-            policy.set_submodule(name, layer)
-            packed.append(layer)
+    settings = loading.four_bits(compute_dtype)
+    replace_with_bnb_linear(policy, settings.llm_int8_skip_modules, settings)
+    packed = [module for module in policy.modules() if isinstance(module, Linear4bit)]
+    for layer in packed:
+        layer.support_avx512bf16_for_cpu = False
     return packed
 
 

@@ -91,10 +91,8 @@ def shaped_prompt(prompt: Prompt, model_config) -> Prompt:
     return replace(prompt, position_ids=positions, image_features=None)
 
 
-def make_plan(
-    config, model_config, prompt: Prompt, origin: str, groups: int, with_evaluation: bool, full: bool = False
-) -> Plan:
-    """Plan a step of one process with so many groups of this prompt; `full` traces every layer, not two depths."""
+def make_plan(config, model_config, prompt: Prompt, origin: str, groups: int, with_evaluation: bool) -> Plan:
+    """Plan a step of one process with so many groups of this prompt."""
     on_gpu = config.memory_gb is not None or torch.cuda.is_available()
     text_config = model_config.get_text_config()
     is_packed = set(getattr(text_config, "layer_types", None) or []) <= {"full_attention"}
@@ -102,10 +100,9 @@ def make_plan(
     together = side_by_side(size, groups, config.sampling_tokens * is_packed)
     evaluated = evaluated_side_by_side(len(prompt.input_ids), config, is_packed) if with_evaluation else (0, 0)
     work = Work(shaped_prompt(prompt, model_config), groups, together, *evaluated)
-    layers = text_config.num_hidden_layers
-    traced = [layers] if full else depths(model_config)
+    traced = depths(model_config)
     lives = [trace_step(fake_policy(shallow(model_config, depth), config), work, config, on_gpu) for depth in traced]
-    first, last, steps = lives[0], lives[-1], layers - traced[0]
+    first, last, steps = lives[0], lives[-1], text_config.num_hidden_layers - traced[0]
     stages: dict[str, dict] = {}
     for (stage, _), parts in straight_line(first.peaks, last.peaks, steps).items():
         stage = stage.partition(",")[0]
@@ -190,28 +187,24 @@ def planner(
     groups: int, picture=None, text_tokens: int = 0, example: dict | None = None, with_evaluation: bool = True
 ) -> Callable[..., Plan]:
     """A function that plans a config: for a picture, an example, or the longest prompt of the config's data."""
-    longest = {}  # searched once
+    longest = [(example, f"example {example.get('id')!r}")] if example else []  # else searched once
 
     def plan(config) -> Plan:
         model = config.policy_arguments(1)["model"]
         model_config, processor = load_processor(model, revision=config.revision, max_pixels=config.max_pixels)
         if picture:
             prompt, origin = prompt_of_picture(model_config, processor, picture, text_tokens)
-            return make_plan(config, model_config, prompt, origin, groups, with_evaluation)
-        if not processor.chat_template:
-            raise ConfigError(
-                f"model={config.model!r} holds no chat template, so no prompt can be counted: give --picture"
-            )
-        shown = example or longest.get("example")
-        origin = f"example {shown.get('id')!r}" if shown else ""
-        if not shown:
-            examples = load_examples(config.data, **config.data_arguments(), require_boxes=config.needs_boxes)
-            shown = longest["example"] = examples[longest_prompt(processor, examples, config.system_prompt)]
-            sizes = ", ".join(f"{image.width} x {image.height}" for image in shown["images"])
-            origin = (
-                f"example {shown['id']!r}, picture {sizes}; the longest of {num_searched(examples):,} of {config.data}"
-            )
-        prompt = encode_prompt(processor, shown, config.system_prompt)
+        elif not processor.chat_template:
+            raise ConfigError(f"model={config.model!r} holds no chat template, so no prompt is counted: give --picture")
+        else:
+            if not longest:
+                examples = load_examples(config.data, **config.data_arguments(), require_boxes=config.needs_boxes)
+                shown = examples[longest_prompt(processor, examples, config.system_prompt)]
+                sizes = ", ".join(f"{image.width} x {image.height}" for image in shown["images"])
+                searched = f"the longest of {num_searched(examples):,} of {config.data}"
+                longest.append((shown, f"example {shown['id']!r}, picture {sizes}; {searched}"))
+            ((shown, origin),) = longest
+            prompt = encode_prompt(processor, shown, config.system_prompt)
         return make_plan(config, model_config, prompt, origin, groups, with_evaluation)
 
     return plan
@@ -228,8 +221,7 @@ def advice_for(config, processor, example: dict, groups: int) -> str:
 
 def table(plan: Plan) -> str:
     """The plan as text, in GB."""
-    config, prompt, work = plan.config, plan.prompt, plan.work
-    G, C, P = config.num_generations, config.max_new_tokens, len(prompt.input_ids)
+    config, prompt, work, P = plan.config, plan.prompt, plan.work, len(plan.prompt.input_ids)
     stages = [name for name in STAGES if name in plan.stages]
     bits = "4-bit language model, " if config.load_in_4bit else ""
     unit, name = (GB, "GB") if plan.bytes_of(plan.highest) >= GB else (GB // 1000, "MB")
@@ -240,8 +232,8 @@ def table(plan: Plan) -> str:
     lines = [
         f"plan of {config.model} ({bits}dtype {config.dtype}) on {plan.device}; computed from shapes, nothing measured",
         f"largest prompt  {P:,} tokens, {len(prompt.image_token_index):,} of pictures: {plan.prompt_origin}",
-        f"largest group   {P:,} + {G} x {C} = {plan.group_tokens:,} tokens; {work.side_by_side} of {work.groups} "
-        "groups side by side while sampling",
+        f"largest group   {P:,} + {config.num_generations} x {config.max_new_tokens} = {plan.group_tokens:,} tokens; "
+        f"{work.side_by_side} of {work.groups} groups side by side while sampling",
         "",
         name.ljust(28) + "".join(f"{stage:>16}" for stage in stages),
     ]
@@ -257,10 +249,9 @@ def table(plan: Plan) -> str:
     lines.append(f"update with gradient_checkpointing {with_it:.3f}, without {without:.3f}")
     tokens = plan.group_tokens * config.groups_per_step
     counts = {name: count * config.groups_per_step / work.groups / 10**12 for name, count in plan.multiply_adds.items()}
-    lines.append(
-        f"a step: {tokens:,} packed tokens in {config.groups_per_step} groups, {sum(counts.values()):,.4g} x 10^12 "
-        f"multiply-adds ({', '.join(f'{name} {count:,.3g}' for name, count in counts.items())})"
-    )
+    by_stage = ", ".join(f"{name} {count:,.3g}" for name, count in counts.items())
+    packed = f"{tokens:,} packed tokens in {config.groups_per_step} groups"
+    lines.append(f"a step: {packed}, {sum(counts.values()):,.4g} x 10^12 multiply-adds ({by_stage})")
     left = plan.capacity - plan.total
     lines.append(f"fits: {left / GB:.2f} GB are left" if left >= 0 else f"does not fit: {-left / GB:.2f} GB too much")
     return "\n".join(lines)

@@ -58,26 +58,19 @@ def load_policy(
     Raises:
         PolicyError (a ValueError): no such model, an unsupported family, or an argument out of its range.
     """
-    from transformers import AutoModelForImageTextToText, BitsAndBytesConfig
+    from transformers import AutoModelForImageTextToText
 
     if lora_rank < 0:
         raise PolicyError(f"lora_rank={lora_rank}: give 1 or more, or 0 for the plain model")
-    for name, value, valid in (
-        ("attn", attn, ("sdpa", "eager")),
-        ("lora_targets", lora_targets, ("language", "all-linear")),
-        ("dtype", dtype, ("auto", "float32", "bfloat16", "float16")),
-    ):
+    given = ("attn", attn, ("sdpa", "eager")), ("lora_targets", lora_targets, ("language", "all-linear"))
+    for name, value, valid in (*given, ("dtype", dtype, ("auto", "float32", "bfloat16", "float16"))):
         if value not in valid:
             raise PolicyError(f"{name}={value!r}: valid are {', '.join(valid)}")
     adapter = adapter and adapter_folder(adapter)
     config, processor = load_processor(model, revision=revision, max_pixels=max_pixels)
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     weights_dtype = choose_dtype(dtype, config, device)
-    quantization = None
-    if load_in_4bit:
-        nf4 = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": weights_dtype}
-        skipped = [f"(?!.*{LANGUAGE_MODULE}).*"]  # all but the language model's layers
-        quantization = BitsAndBytesConfig(load_in_4bit=True, llm_int8_skip_modules=skipped, **nf4)
+    quantization = four_bits(weights_dtype) if load_in_4bit else None
     safely = {"use_safetensors": True, "trust_remote_code": False, "revision": revision}
     options = {"dtype": weights_dtype, "attn_implementation": attn, "quantization_config": quantization}
     options["device_map"] = {"": torch.device(load_on or device)}
@@ -92,8 +85,7 @@ def load_policy(
     if attn == "sdpa":
         use_probed_attention(policy)
     if adapter is not None or lora_rank > 0:
-        policy = _with_adapter(policy, adapter, lora_rank, lora_alpha, lora_targets, load_in_4bit)
-        add_in_place(policy)
+        policy = with_adapter(policy, adapter, lora_rank, lora_alpha, lora_targets, load_in_4bit)
         for entry in policy.peft_config.values():  # written to adapter_config.json
             entry.base_model_name_or_path, entry.revision = portable_name(model), revision
     for module in policy.modules():
@@ -142,7 +134,16 @@ def load_processor(model: str, *, revision: str | None = None, max_pixels: int |
     return config, processor
 
 
-def _with_adapter(policy, adapter, lora_rank, lora_alpha, lora_targets, load_in_4bit):
+def four_bits(compute_dtype: torch.dtype):
+    """transformers' settings: NF4 with double quantization for the language model's layers and no others."""
+    from transformers import BitsAndBytesConfig
+
+    nf4 = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": compute_dtype}
+    return BitsAndBytesConfig(load_in_4bit=True, llm_int8_skip_modules=[f"(?!.*{LANGUAGE_MODULE}).*"], **nf4)
+
+
+def with_adapter(policy, adapter, lora_rank, lora_alpha, lora_targets, load_in_4bit):
+    """The policy with a stored or a new LoRA adapter that adds in place. Raises PolicyError as load_policy."""
     if not load_in_4bit:
         # Importing peft imports bitsandbytes, which warns that its optional CPU kernels are missing.
         logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
@@ -154,7 +155,7 @@ def _with_adapter(policy, adapter, lora_rank, lora_alpha, lora_targets, load_in_
             policy.requires_grad_(False)
             warnings.filterwarnings("error", message=".*missing adapter keys", category=UserWarning)
             try:
-                return PeftModel.from_pretrained(policy, adapter, is_trainable=lora_rank > 0)
+                return add_in_place(PeftModel.from_pretrained(policy, adapter, is_trainable=lora_rank > 0))
             except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError, UserWarning) as error:
                 raise PolicyError(
                     f"adapter={adapter!r} cannot be put on this model: give the adapter/ folder of a run with the same "
@@ -165,7 +166,7 @@ def _with_adapter(policy, adapter, lora_rank, lora_alpha, lora_targets, load_in_
             names = sorted({name.rpartition(".")[2] for name in layers if re.search(LANGUAGE_MODULE, name)})
             lora_targets = rf".*{LANGUAGE_MODULE}.*\.({'|'.join(names)})"
         lora = LoraConfig(r=lora_rank, lora_alpha=lora_alpha, target_modules=lora_targets, task_type="CAUSAL_LM")
-        return get_peft_model(policy, lora)
+        return add_in_place(get_peft_model(policy, lora))
 
 
 def choose_dtype(dtype: str, config, device: torch.device) -> torch.dtype:

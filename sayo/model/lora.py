@@ -65,8 +65,8 @@ class AddedLora:
         return (orig_weight - module.get_delta_weight(active_adapter)).to(orig_weight.dtype)
 
 
-def add_in_place(policy: nn.Module) -> None:
-    """Let each plain LoRA linear layer of a PEFT model, quantized or not, add its part in place."""
+def add_in_place(policy: nn.Module) -> nn.Module:
+    """Let each plain LoRA linear layer of a PEFT model, quantized or not, add its part in place; returns the model."""
     from peft.tuners.lora.layer import LoraLayer
 
     for module in policy.modules():
@@ -74,3 +74,4 @@ def add_in_place(policy: nn.Module) -> None:
             if not module.lora_variant and not any(module.lora_bias.values()):  # DoRA and the like keep theirs
                 module.lora_variant = dict.fromkeys(module.lora_A, AddedLora)
                 module.cast_input_dtype_enabled = False  # no float32 copy of x: the weights are cast to x's dtype
+    return policy

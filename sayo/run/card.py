@@ -11,7 +11,7 @@ from pathlib import Path
 from sayo.model.loading import portable_name
 from sayo.run.files import write_whole
 from sayo.settings import read_jsonl
-from sayo.show.tables import METRICS
+from sayo.show.tables import METRICS, markdown
 
 PLACES = ("model", "adapter", "data", "eval_data")  # settings that may be paths
 ALWAYS_SHOWN = """model revision load_in_4bit dtype data num_generations max_new_tokens temperature top_p
@@ -20,22 +20,20 @@ optimizer learning_rate lora_rank lora_alpha lora_targets seed""".split()
 NEVER_SHOWN = ("output_dir", "regions_folder", "resume", "report_to", "system_prompt")  # the last has its own place
 
 
-def write_model_card(
-    output_dir: Path, config, columns: dict, eval_data: str | None, num_evaluated: int, num_examples: int
-) -> None:
+def write_model_card(output_dir: Path, config, columns: dict, num_evaluated: int, num_examples: int) -> None:
     """Write adapter/README.md of a run's folder. Folders of this machine appear by their last name alone.
 
     Args:
         config: the run's train_rl.Config.
         columns: of the evaluation's table ("before", "after" and "difference", or "after" alone); {} without one.
-        eval_data: what was evaluated, with num_evaluated examples. num_examples: of the training data.
+        num_evaluated: examples of the evaluations. num_examples: of the training data.
     """
     from huggingface_hub import EvalResult, ModelCard, ModelCardData  # slow: not when a script is imported
 
     hub_model, title, results = _on_hub(config.model), Path(output_dir).resolve().name, None
     if columns:
         about = {"task_type": "visual-question-answering"}
-        about |= dict.fromkeys(("dataset_type", "dataset_name"), place(eval_data))
+        about |= dict.fromkeys(("dataset_type", "dataset_name"), place(config.evaluated_data))
         means = {name: round(columns["after"][name][0], 4) for name in ("accuracy", "tas")}
         results = [EvalResult(metric_type=name, metric_value=mean, **about) for name, mean in means.items()]
     data = ModelCardData(
@@ -60,7 +58,7 @@ def write_model_card(
         load_in_4bit=config.load_in_4bit,
         measured=_table(columns),
         paired="difference" in columns,
-        eval_data=place(eval_data) if columns else None,
+        eval_data=place(config.evaluated_data) if columns else None,
         num_evaluated=num_evaluated,
         num_examples=f"{num_examples:,}",
         data=place(config.data),
@@ -99,14 +97,11 @@ def _about_steps(output_dir: Path, config) -> str:
     rows = [row for _, row in read_jsonl(Path(output_dir) / "metrics.jsonl")]
     skipped = int(sum(row["skipped_updates"] for row in rows))
     text = f"{len(rows)} steps of {config.groups_per_step} questions with {config.num_generations} completions each"
-    more = f"; {skipped} updates were skipped, because their gradients were not finite." if skipped else "."
-    return text + more
+    return text + (f"; {skipped} updates were skipped, because their gradients were not finite." if skipped else ".")
 
 
 def _table(columns: dict) -> str:
     """The evaluations before and after as Markdown, empty without any."""
-    rows = [f"| | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"] if columns else []
-    for metric in METRICS if columns else ():
-        cells = ("{:.3f} [{:.3f}, {:.3f}]".format(*part[metric]) for part in columns.values())
-        rows.append(f"| {metric} | {' | '.join(cells)} |")
-    return "\n".join(rows)
+    shown = "{:.3f} [{:.3f}, {:.3f}]".format
+    rows = [[metric, *(shown(*part[metric]) for part in columns.values())] for metric in METRICS if columns]
+    return markdown(["", *columns], rows) if columns else ""

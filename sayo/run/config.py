@@ -23,27 +23,18 @@ class PolicyConfig(Settings):
     adapter: str | None = option(None, "Folder or Hub id (or owner/name@revision) of a LoRA adapter to start from.")
     load_in_4bit: bool = option(False, "Load the language model in 4 bits (NF4, bitsandbytes).")
     dtype: str = option("auto", "Number format of the weights; auto takes the checkpoint's own.", DTYPES)
-    max_pixels: int | None = option(
-        None, "Shrink pictures to about this many pixels (area), not counting a thumbnail.", at_least=1
-    )
+    max_pixels: int | None = option(None, "Shrink pictures to about this area, not counting a thumbnail.", at_least=1)
     system_prompt: str = option(SYSTEM_PROMPT, "System prompt; an empty one omits the system turn.")
     data: str = option(
-        "scenes",
-        "Examples: .jsonl, .json, .parquet, datasets folder, Hub id (or owner/name@revision), scenes, scenes:heldout.",
+        "scenes", "A .jsonl, .json, .parquet, datasets folder, Hub id (owner/name@revision), scenes, scenes:heldout."
     )
     split: str = option("train", "Split of a datasets folder or a Hub dataset.")
     limit: int | None = option(None, "Use only the first N examples.", at_least=1)
     bad_rows: str = option("error", "What to do with invalid examples.", ("error", "skip"))
     box_format: str = option("xyxy", "How boxes are written; polygons are in the same unit.", BOX_FORMATS)
-    allowed_folders: list[str] | None = option(
-        None, "Further folders that pictures and masks may be read from; / allows all."
-    )
-    fields: list[str] | None = option(
-        None, "Column names that differ, as name=column: question=query answer=label.text."
-    )
-    sampling_tokens: int = option(
-        8192, "Token budget for groups sampled side by side, counted at full length.", at_least=1
-    )
+    allowed_folders: list[str] | None = option(None, "More folders to read pictures and masks from; / allows all.")
+    fields: list[str] | None = option(None, "Columns of other names, as name=column: question=query answer=label.text.")
+    sampling_tokens: int = option(8192, "Token budget of groups sampled together, counted at full length.", at_least=1)
     seed: int = option(0, "Random seed.", at_least=0, at_most=2**32 - 1)
 
     def policy_arguments(self, lora_rank: int) -> dict:
@@ -71,17 +62,9 @@ class SamplingConfig(Settings):
     max_new_tokens: int = option(64, "Maximum completion length in tokens.", at_least=1)
     min_new_tokens: int = option(0, "Minimum completion length: EOS is not sampled before it.", at_least=0)
     temperature: float = option(
-        1.0,
-        "Sampling temperature; entropies and log-probs are taken at the same one.",
-        above=0,
-        hint="1.0 samples from the policy itself",
+        1.0, "Temperature of sampling, entropies and log-probs.", above=0, hint="1.0 samples from the policy itself"
     )
-    top_p: float = option(
-        0.9,
-        "Nucleus sampling: the smallest set of tokens with this total probability; 1 keeps all.",
-        above=0,
-        at_most=1,
-    )
+    top_p: float = option(0.9, "Nucleus sampling: the fewest tokens of this probability; 1: all.", above=0, at_most=1)
 
     def sampling_arguments(self) -> dict:
         """Keyword arguments for rollout.sample_groups."""
@@ -91,7 +74,5 @@ class SamplingConfig(Settings):
     def problems(self) -> list[str]:
         found = super().problems()
         if self.min_new_tokens > self.max_new_tokens:
-            found.append(
-                f"min_new_tokens={self.min_new_tokens}: give at most max_new_tokens, which is {self.max_new_tokens}"
-            )
+            found.append(f"min_new_tokens={self.min_new_tokens}: give at most max_new_tokens={self.max_new_tokens}")
         return found

@@ -160,16 +160,15 @@ def damage(checkpoint: Path) -> str | None:
         manifest = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
         if manifest["step"] != step_of(checkpoint):
             return f"its {MANIFEST} is that of step {manifest['step']!r:.20}"
-        sealed = manifest["files"].items()
         if lacking := NEEDED - {*manifest["files"]}:
             return f"its {MANIFEST} lacks {min(lacking)}"
-        for name, (size, digest) in sealed:
+        for name, (size, digest) in manifest["files"].items():
             if not (checkpoint / name).is_file():
                 return f"{name} is missing"
-            found = (checkpoint / name).stat().st_size
-            if found != size:
-                return f"{name} has {found:,} bytes instead of {size:,}"
-            if _seal(checkpoint / name)[1] != digest:
+            found = _seal(checkpoint / name)
+            if found[0] != size:
+                return f"{name} has {found[0]:,} bytes instead of {size:,}"
+            if found[1] != digest:
                 return f"{name} has other content than was written (SHA-256)"
     except FileNotFoundError:
         return f"{MANIFEST} is missing"
@@ -223,10 +222,8 @@ def drop_old(output_dir: Path, newest: Path, limit: int | None) -> None:
 
 def checkpoint_bytes(parameters: Sequence[torch.Tensor], optimizer: str) -> int:
     """Size of a checkpoint, computed: the trained weights and AdamW's two moments of each, in 32 or 8 bits."""
-    weights = sum(parameter.numel() * parameter.element_size() for parameter in parameters)
-    is_small = 4096  # elements: bitsandbytes holds the moments of such tensors in 32 bits
-    moments = sum(
-        2 * parameter.numel() * (4 if optimizer == "adamw" or parameter.numel() < is_small else 1)
-        for parameter in parameters
-    )
-    return weights + moments + 2048 * len(parameters)  # names and headers
+    total = 2048 * len(parameters)  # names and headers
+    for parameter in parameters:  # bitsandbytes holds the moments of tensors below 4,096 elements in 32 bits
+        moment = 4 if optimizer == "adamw" or parameter.numel() < 4096 else 1
+        total += parameter.numel() * (parameter.element_size() + 2 * moment)
+    return total

@@ -25,20 +25,8 @@ from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 from tqdm import tqdm
 
+from sayo.run import files
 from sayo.run.card import write_model_card
-from sayo.run.files import (
-    all_checkpoints,
-    checkpoint_bytes,
-    drop_old,
-    keep_steps_until,
-    remove_leftovers,
-    save_checkpoint,
-    save_final_adapter,
-    step_of,
-    stored_json,
-    whole_checkpoint,
-    write_whole,
-)
 from sayo.run.metrics import show_step
 from sayo.run.processes import check_same_weights, read_by_main
 from sayo.run.provenance import built_from, check_built_from
@@ -62,8 +50,8 @@ class RowFile:
     """A JSONL file that rows are appended to. What a full disk refuses is kept, and written when there is space."""
 
     def __init__(self, path: Path):
-        self._file = open(path, "ab", buffering=0)
-        self._size, self._pending = self._file.seek(0, os.SEEK_END), b""
+        self.file = open(path, "ab", buffering=0)
+        self._size, self._pending = self.file.seek(0, os.SEEK_END), b""
 
     def add(self, row: dict) -> None:
         self._pending += (json.dumps(row, ensure_ascii=False) + "\n").encode()
@@ -74,18 +62,12 @@ class RowFile:
         Raises:
             OSError: it could not be; the next attempt begins with what half a line it left.
         """
-        if os.fstat(self._file.fileno()).st_size > self._size:
-            self._file.truncate(self._size)
+        if os.fstat(self.file.fileno()).st_size > self._size:
+            self.file.truncate(self._size)
         rest = memoryview(self._pending)
         while rest:
-            rest = rest[self._file.write(rest) :]
+            rest = rest[self.file.write(rest) :]
         self._size, self._pending = self._size + len(self._pending), b""
-
-    def sync(self) -> None:
-        os.fsync(self._file.fileno())
-
-    def close(self) -> None:
-        self._file.close()
 
 
 @dataclass
@@ -109,33 +91,25 @@ class Run:
     warned: set[str] = field(default_factory=set)
     first_step: int = 0
     is_due: bool = False  # a checkpoint; one that could not be saved stays due
-    lock: FileLock | None = None
     progress: tqdm | None = None
 
-    @property
-    def folder(self) -> Path:
-        return Path(self.config.output_dir)
+    def __post_init__(self):
+        self.folder = Path(self.config.output_dir)
+        self.lock = FileLock(self.folder / ".lock")
 
     def hold(self) -> None:
         """Keep others out as long as this process lives: a launcher that is killed leaves its child at work."""
-        if self.lock is not None:
-            return
-        lock = FileLock(self.folder / ".lock")
-        busy = f"another process is at work in {str(self.folder)!r}"
         try:
             try:
-                lock.acquire(timeout=0)
+                self.lock.acquire(timeout=0)
             except Timeout:
-                print(f"output_dir: {busy}; waiting {PATIENCE} s for its end")
-                lock.acquire(timeout=PATIENCE, poll_interval=0.2)
+                print(f"output_dir: another process is at work in {self.folder}; waiting {PATIENCE} s for its end")
+                self.lock.acquire(timeout=PATIENCE, poll_interval=0.2)
         except Timeout as error:
-            raise ConfigError(
-                f"output_dir={str(self.folder)!r}: another process is at work in it, which may be one whose launcher "
-                "was killed; wait for it, or end it"
-            ) from error
+            busy = "another process is at work in it, perhaps of a launcher that was killed: wait for it, or end it"
+            raise ConfigError(f"output_dir={str(self.folder)!r}: {busy}") from error
         except (OSError, NotImplementedError):
-            return  # a file system without locks, or one that takes nothing, which is said next
-        self.lock = lock
+            pass  # a file system without locks, or one that takes nothing, which is said next
 
     # --- before the first step ---
 
@@ -157,10 +131,10 @@ class Run:
             self.folder.mkdir(parents=True, exist_ok=True)
             self.hold()
             settings = yaml.safe_dump(asdict(self.config), sort_keys=False, allow_unicode=True)
-            write_whole(self.folder / "config.yaml", settings)
-            write_whole(self.folder / "run.json", json.dumps(self.inputs, indent=1))
+            files.write_whole(self.folder / "config.yaml", settings)
+            files.write_whole(self.folder / "run.json", json.dumps(self.inputs, indent=1))
             for name in FILES:
-                kept = keep_steps_until(self.folder / name, state.step)
+                kept = files.keep_steps_until(self.folder / name, state.step)
                 if missing := sorted(set(range(1, state.step + 1)) - set(kept)):
                     print(f"resume: {name} lacks {len(missing)} steps before {state.step}, the first is {missing[0]}")
                 self.rows[name] = RowFile(self.folder / name)
@@ -168,11 +142,9 @@ class Run:
             raise ConfigError(f"output_dir={self.config.output_dir!r} cannot be written to: {error}") from error
         known = {name: value for name, value in asdict(self.config).items() if isinstance(value, int | float | str)}
         self.accelerator.init_trackers("sayo", config=known)
-        trained, processes = sum(p.numel() for p in state.parameters), self.accelerator.num_processes
-        print(
-            f"{len(examples)} examples of {self.config.data}; {trained:,} trained parameters; "
-            f"{processes} process{'es' * (processes > 1)}"
-        )
+        trained, number = sum(p.numel() for p in state.parameters), self.accelerator.num_processes
+        processes = "1 process" if number == 1 else f"{number} processes"
+        print(f"{len(examples)} examples of {self.config.data}; {trained:,} trained parameters; {processes}")
         print(*self.notes, *(f"skipped {message}" for message in examples.skipped), HOW_TO_WATCH, sep="\n")
 
     def check_same_weights(self, model) -> None:
@@ -193,13 +165,15 @@ class Run:
         bar = {"desc": "train", "unit": "step", "mininterval": interval, "disable": not accelerator.is_main_process}
         with tqdm(range(state.step, config.max_steps), **bar) as self.progress:
             for step in self.progress:
-                set_seed(step_seed(config.seed, step, accelerator.process_index))
+                # Nothing here draws from Python's, numpy's and torch's own random numbers, but a change of yours may.
+                name = f"{config.seed}/step/{step}/{accelerator.process_index}"
+                set_seed(random.Random(name).getrandbits(32))
                 yield step
                 if state.skipped_in_a_row >= config.max_skipped_steps:
+                    fix = f"lower learning_rate (now {config.learning_rate}) or give --dtype bfloat16 or float32"
                     raise ConfigError(
                         f"max_skipped_steps={config.max_skipped_steps}: the gradient was not finite in so many steps "
-                        f"in a row, the last one step {step + 1}; lower learning_rate (now {config.learning_rate}) or "
-                        "give --dtype bfloat16 or float32; the last checkpoint is untouched"
+                        f"in a row, the last one step {step + 1}; {fix}; the last checkpoint is untouched"
                     )
                 if self.stop.any_process_stopped(accelerator):
                     return
@@ -247,12 +221,12 @@ class Run:
             tqdm.write(f"step {state.step}: the checkpoint could not be saved ({_words(error)}); {again}")
 
     def _save(self, model, state) -> None:
-        for file in self.rows.values():
-            file.write()
-            file.sync()
-        newest = save_checkpoint(self.folder, state.step, model, state.parts(), state.skipped_in_a_row)
+        for rows in self.rows.values():
+            rows.write()
+            os.fsync(rows.file.fileno())
+        newest = files.save_checkpoint(self.folder, state.step, model, state.parts(), state.skipped_in_a_row)
         try:
-            drop_old(self.folder, newest, self.config.save_total_limit)
+            files.drop_old(self.folder, newest, self.config.save_total_limit)
         except OSError as error:  # the new one stands: to save it again would make the disk no emptier
             tqdm.write(f"step {state.step}: an old checkpoint could not be deleted ({error})")
 
@@ -268,17 +242,16 @@ class Run:
             self.accelerator.end_training()
         self.stop.raise_if_stopped()
         if self.accelerator.is_main_process:
-            self.write_with_retries("adapter", lambda: save_final_adapter(self.folder, model))
+            self.write_with_retries("adapter", lambda: files.save_final_adapter(self.folder, model))
             self.write_with_retries("curves.png", lambda: draw_curves(self.folder))
 
     def finish(self, columns: dict, examples, held_out) -> None:
         """Write the model card and mark the run finished. columns: of the evaluations, {} without any."""
         if self.accelerator.is_main_process:
-            counts = {"num_evaluated": len(held_out or ()), "num_examples": len(examples)}
-            card = (self.folder, self.config, columns, self.config.evaluated_data)
-            self.write_with_retries("the model card", lambda: write_model_card(*card, **counts))
+            card = self.folder, self.config, columns, len(held_out or ()), len(examples)
+            self.write_with_retries("the model card", lambda: write_model_card(*card))
             done = json.dumps(self.inputs | {"finished": self.config.max_steps}, indent=1)
-            self.write_with_retries("run.json", lambda: write_whole(self.folder / "run.json", done))
+            self.write_with_retries("run.json", lambda: files.write_whole(self.folder / "run.json", done))
             print(f"adapter, metrics, samples and curves.png -> {self.folder}")
         self.accelerator.end_training()
 
@@ -289,7 +262,7 @@ class Run:
                 return write()
             except ERRORS as error:
                 if wait is None:
-                    newest = whole_checkpoint(self.folder)[0]
+                    newest = files.whole_checkpoint(self.folder)[0]
                     raise ConfigError(
                         f"{what} could not be written to {str(self.folder)!r}: {_words(error)}. Free some space there "
                         f"and give --resume, which begins at {newest or 'step 0'}"
@@ -300,12 +273,6 @@ class Run:
 
 def _words(error: Exception) -> str:
     return str(error).partition("\n")[0][:200] or type(error).__name__
-
-
-def step_seed(seed: int, step: int, process: int) -> int:
-    """Seed of Python's, numpy's and torch's own random numbers in a step: nothing here draws from them, but a change
-    of yours may (a dropout, an augmentation), and is resumed exactly all the same."""
-    return random.Random(f"{seed}/step/{step}/{process}").getrandbits(32)
 
 
 def draw_curves(output_dir: Path) -> None:
@@ -333,34 +300,30 @@ def open_run(config, accelerator, stop: StopSignals) -> Iterator[Run]:
         run.checkpoint, run.finished, run.former = read_by_main(lambda: _look(run), accelerator.is_main_process)
         yield run
     finally:
-        for file in run.rows.values():
-            file.close()
-        if run.lock is not None:
-            run.lock.release()
+        for rows in run.rows.values():
+            rows.file.close()
+        run.lock.release(force=True)
 
 
 def _look(run: Run) -> tuple[Path | None, bool, dict]:
     """(checkpoint, finished, former) of the run."""
     config, former = run.config, run.folder / "config.yaml"
-    has_run = former.exists() or any(all_checkpoints(run.folder))
+    has_run = former.exists() or any(files.all_checkpoints(run.folder))
     if has_run and not config.resume:
-        raise ConfigError(
-            f"output_dir={config.output_dir!r} holds a run already: add --resume to continue it, give another "
-            "--output_dir, or delete the folder"
-        )
+        fix = "add --resume to continue it, give another --output_dir, or delete the folder"
+        raise ConfigError(f"output_dir={config.output_dir!r} holds a run already: {fix}")
     if run.folder.exists():
         run.hold()
         with suppress(OSError):  # of a disk that takes nothing: that is said next
-            remove_leftovers(run.folder)  # first, since they may be what fills it
+            files.remove_leftovers(run.folder)  # first, since they may be what fills it
     existing = next(path for path in (run.folder, *run.folder.absolute().parents) if path.exists())
-    for place in {existing, *(folder for folder in (run.folder / "checkpoints",) if folder.exists())}:
+    for place in {existing, *run.folder.glob("checkpoints")}:
         try:
             with tempfile.TemporaryFile(dir=place) as file:
                 file.write(b"x" * 4096)
         except OSError as error:
-            raise ConfigError(
-                f"output_dir={config.output_dir!r}: {str(place)!r} is no folder that can be written to: {error}"
-            ) from error
+            problem = f"{str(place)!r} is no folder that can be written to: {error}"
+            raise ConfigError(f"output_dir={config.output_dir!r}: {problem}") from error
     if not config.resume:
         return None, False, {}
     if not former.exists():
@@ -368,17 +331,15 @@ def _look(run: Run) -> tuple[Path | None, bool, dict]:
             raise ConfigError(f"resume: {config.output_dir!r} holds checkpoints, but no config.yaml of their run")
         print(f"resume: {config.output_dir!r} holds no run yet: it starts at step 0")
         return None, False, {}
-    made = stored_json(run.folder / "run.json")  # without it, nothing can be compared
-    made = made if isinstance(made, dict) else {}
+    made = files.stored_json(run.folder / "run.json")
+    made = made if isinstance(made, dict) else {}  # without it, nothing can be compared
     _compare_settings(former, made, config)
     if _is_finished(run.folder, made, config):
-        print(
-            f"resume: the run in {config.output_dir!r} is finished, at step {config.max_steps}; give more --max_steps"
-        )
+        print(f"resume: the run in {run.folder} is finished, at step {config.max_steps}; give more --max_steps")
         return None, True, made
-    checkpoint, passed_over = whole_checkpoint(run.folder)
+    checkpoint, passed_over = files.whole_checkpoint(run.folder)
     print("".join(f"resume: {sentence}\n" for sentence in passed_over), end="")
-    if checkpoint and step_of(checkpoint) > config.max_steps:
+    if checkpoint and files.step_of(checkpoint) > config.max_steps:
         raise ConfigError(f"max_steps={config.max_steps}: {checkpoint} is further already; give more")
     print(f"resume: from {checkpoint}" if checkpoint else "resume: no whole checkpoint, so from step 0")
     return checkpoint, False, made
@@ -416,16 +377,12 @@ def check_space(config, folder: Path, parameters: Sequence, start: int) -> list[
         ConfigError: there is no space for a single one beside the final adapter.
     """
     existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    one, free = checkpoint_bytes(parameters, config.optimizer), shutil.disk_usage(existing).free
+    one, free = files.checkpoint_bytes(parameters, config.optimizer), shutil.disk_usage(existing).free
     due = config.max_steps // config.save_steps - start // config.save_steps
     due += config.max_steps % config.save_steps > 0
     count = min(due, (config.save_total_limit or due) + 1)  # the old one goes when the new one stands
     advice = f"{free / 1e6:,.1f} MB are free in {str(existing)!r}, a checkpoint takes {one / 1e6:,.1f} MB"
     if start < config.max_steps and free < 2 * one:
         raise ConfigError(f"output_dir={config.output_dir!r}: {advice}, and the final adapter comes on top; free some")
-    if free >= (count + 1) * one:
-        return []
-    return [
-        f"output_dir: {advice}, and {count} of them are to come: raise save_steps (now {config.save_steps}) or give "
-        "--save_total_limit 2"
-    ]
+    fix = f"raise save_steps (now {config.save_steps}) or give --save_total_limit 2"
+    return [f"output_dir: {advice}, and {count} of them are to come: {fix}"] * (free < (count + 1) * one)

@@ -72,8 +72,7 @@ def step_metrics(rows: Sequence[dict[str, float]]) -> dict[str, float]:
         metrics[name] = sum(known) / len(known) if known else None  # JSON has neither NaN nor infinity
     for name in [name for name in metrics if name.startswith("square/")]:
         square, mean = metrics.pop(name), metrics[name.replace("square/", "reward/")]
-        deviation = None if mean is None else math.sqrt(max(0.0, square - mean**2))
-        metrics[name.replace("square/", "reward_std/")] = deviation
+        metrics[f"reward_std/{name[7:]}"] = None if mean is None else math.sqrt(max(0.0, square - mean**2))
     total = metrics.pop("variance/total")
     for name in [name for name in metrics if name.startswith("variance/")]:
         part = metrics.pop(name)
@@ -147,9 +146,7 @@ class StepLog:
         metrics["grad_norm"] = self.grad_norm if math.isfinite(self.grad_norm) else None
         metrics["skipped_updates"] = float(self.num_skipped)
         metrics |= {f"time/{name}_seconds": seconds for name, seconds in self.seconds.items()}
-        metrics |= {
-            f"time/{name}_tokens_per_second": self.tokens[name] / seconds for name, seconds in self.seconds.items()
-        }
+        metrics |= {f"time/{name}_tokens_per_second": self.tokens[name] / spent for name, spent in self.seconds.items()}
         if self.num_skipped:
             names, faults = ([entry[place] for entry in self.skipped] for place in (0, 1))
             self.sample |= {"skipped_examples": names, "not_finite": faults}

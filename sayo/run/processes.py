@@ -54,14 +54,10 @@ def make_accelerator(config) -> Accelerator:
     )
     number, found = accelerator.num_processes, []
     if number != started:
-        found.append(
-            f"{started} processes were started, of which Accelerate knows {number} on this device: give "
-            "--num_processes 1"
-        )
+        known = f"of which Accelerate knows {number} on this device"
+        found.append(f"{started} processes were started, {known}: give --num_processes 1")
     if config.groups_per_step % number:
-        found.append(
-            f"groups_per_step={config.groups_per_step} is not a multiple of the number of processes, {number}: give one"
-        )
+        found.append(f"groups_per_step={config.groups_per_step} is not a multiple of the number of processes, {number}")
     if use_fsdp():
         if config.load_in_4bit:
             found.append("load_in_4bit: 4-bit weights cannot be sharded (FSDP); leave one of the two out")

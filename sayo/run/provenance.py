@@ -103,9 +103,8 @@ def ensure_same_settings(rows: Path, settings: dict, defaults: dict) -> None:
         names = [name for name in names if name != "loaded"]
     if names:
         changed = "; ".join(f"{name} was {before.get(name)!r}, is {settings.get(name)!r}" for name in names)
-        raise ConfigError(
-            f"{str(rows)!r} was made with other settings: {changed}. Give those again, or write elsewhere"
-        )
+        fix = "Give those again, or write elsewhere"
+        raise ConfigError(f"{str(rows)!r} was made with other settings: {changed}. {fix}")
     rows.parent.mkdir(parents=True, exist_ok=True)
     write_whole(note, json.dumps(settings, indent=1, ensure_ascii=False))
 
@@ -144,8 +143,6 @@ def check_built_from(former: dict, config, now: dict) -> list[str]:
         said["number_format"] += f", --dtype {former['number_format'].removeprefix('torch.')} is that of then"
     refused = [said[name] for name in differ if name in MUST_STAY]
     if refused:
-        fix = (
-            "The run would no longer be that of its settings: give it what it began with, or start another --output_dir"
-        )
+        fix = "The run would no longer be that of its settings: give what it began with, or another --output_dir"
         raise ConfigError(f"resume: {'; '.join(refused)}. {fix}")
     return [f"resume: {said[name]}; the last bits may differ from those of an undisturbed run" for name in differ]

@@ -64,13 +64,11 @@ def drawing(outputs: Path | Sequence[Path], rows: int, columns: int, size: tuple
         plt.close(figure)
 
 
-def _smooth(values: Sequence[float], weight: float = 0.9) -> list[float]:
+def _smooth(values: Sequence[float], weight: float = 0.9) -> np.ndarray:
     """Exponential moving average, corrected for its start."""
-    mean, norm, smoothed = 0.0, 0.0, []
-    for value in values:
-        mean, norm = weight * mean + (1 - weight) * value, weight * norm + (1 - weight)
-        smoothed.append(mean / norm)
-    return smoothed
+    from scipy.signal import lfilter  # slow: not when a script is imported
+
+    return lfilter([1 - weight], [1, -weight], values) / (1 - weight ** np.arange(1, len(values) + 1))
 
 
 def run_names(paths: Sequence[Path]) -> list[str]:
@@ -285,7 +283,6 @@ def plot_entropy(answers: dict[str, list], outputs, num_bins: int = 8) -> None:
     edges = np.unique(np.quantile(pooled, np.linspace(0, 1, num_bins + 1)))
     if len(edges) == 1:
         edges = np.array([edges[0], edges[0] + 1])
-    which = (np.searchsorted(edges, pooled, side="right") - 1).clip(0, len(edges) - 2)
-    centers = [np.exp(np.log(pooled[which == number]).mean()) for number in range(len(edges) - 1)]
+    centers = [np.exp(own.mean()) for own in bin_means([pooled], [np.log(pooled)], edges)]
     label = f"entropy of the token (nats, log scale, at least {LOWEST_ENTROPY:g})"
     _plot_target_and_image(answers, outputs, places, edges, centers, label, log_places=True)

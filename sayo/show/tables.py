@@ -51,10 +51,8 @@ def compare(before: Sequence[dict], after: Sequence[dict]) -> dict[str, tuple[fl
     """
     if [row["id"] for row in before] != [row["id"] for row in after]:
         raise ValueError(f"{len(before)} and {len(after)} rows that are not about the same examples cannot be paired")
-    pairs, found = list(zip(before, after, strict=True)), {}
-    for name in REPORTED:
-        found[name] = bootstrap_interval([metric_of(last, name) - metric_of(first, name) for first, last in pairs])
-    return found
+    columns = {name: [[metric_of(row, name) for row in rows] for rows in (after, before)] for name in REPORTED}
+    return {name: bootstrap_interval(np.subtract(*pair, dtype=float)) for name, pair in columns.items()}
 
 
 def compare_policies(

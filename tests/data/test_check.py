@@ -9,7 +9,7 @@ import pytest
 from conftest import GOOD, two, without, write_jsonl
 from PIL import Image
 
-from data.check import CheckConfig, describe, draw_sheet, evenly, main, region_share
+from data.check import NOTES, CheckConfig, describe, draw_sheet, evenly, main, region_share
 from sayo.examples.load import load_examples
 from sayo.examples.pictures import DataError
 from sayo.model import prompts
@@ -22,11 +22,10 @@ def test_figures_of_a_small_data_set(folder):
         GOOD | {"id": "half", "boxes": [[0, 0, 20, 30]]},
         GOOD | {"id": "again", "question": "What color?", "answer": "Red", "boxes": [[0, 0, 40, 30]]},
         GOOD | {"id": "same", "boxes": [[0, 0, 4, 3], [36, 27, 40, 30]]},
-        two([[[0, 0, 10, 50]], []], id="two", answer="blue", choices=["red", "blue"]),
+        two([[], [[0, 0, 10, 50]]], id="two", answer="blue", choices=["red", "blue"]),
         without("boxes") | {"id": "bare", "question": "Why?"},
         without("boxes") | {"id": "triangle", "question": "Who?", "polygons": [[[0, 0], [40, 0], [0, 30]]]},
     ]
-    rows[3]["boxes"] = [[], [[0, 0, 10, 50]]]
     found = describe(load_examples(write_jsonl(folder, *rows), require_boxes=False), "xyxy")
     figures = found["figures"]
     assert figures["pictures of a row"] == {"min": 1, "median": 1.0, "max": 2, "rows": 6}
@@ -37,12 +36,13 @@ def test_figures_of_a_small_data_set(folder):
     assert shares["min"] == pytest.approx(2 * 12 / 1200, abs=1e-3) and shares["max"] == 1
     assert shares["median"] == pytest.approx(0.5, abs=0.02)
     assert found["answers"] == {"distinct": 2, "most common": [("red", 5 / 6), ("blue", 1 / 6)]}
+    large, small, missing, repeated = NOTES
     assert found["notes"] == [
-        "1 rows have a region of more than half of a picture: attention on it says little about looking, first 'again'",
-        "1 rows have no region: training refuses them unless --bad_rows skip or --attention_weight 0 is given, first "
-        "'bare'",
-        "1 rows repeat the question, answer and picture of an earlier row, first 'same'",
+        f"1 rows {large}, first 'again'",
+        f"1 rows {missing}, first 'bare'",
+        f"1 rows {repeated}, first 'same'",
     ]
+    assert "more than half" in large and "no region" in missing and "repeat" in repeated
 
 
 @pytest.mark.parametrize("size", [(100, 80), (4000, 3000), (1, 200)])
@@ -90,7 +90,6 @@ def test_prompts_are_measured_with_a_models_processor(folder, capsys, model_fold
 
 @pytest.mark.parametrize("family", ["qwen3_vl", "internvl", "smolvlm"])
 def test_the_sheet_is_red_where_the_boxes_are(folder, policies, family):
-    """The pixels of the drawing: inside the box's frame covered tokens tint a gray picture, outside they do not."""
     Image.new("RGB", (168, 168), (128, 128, 128)).save(folder / "gray.png")
     row = GOOD | {"image": "gray.png", "boxes": [[0, 0, 84, 168]], "question": "Costs $5 or $6?", "id": "a $ b"}
     examples = load_examples(write_jsonl(folder, row))
@@ -120,14 +119,12 @@ def test_the_command_takes_the_file_first(folder):
 
 @pytest.mark.parametrize("size", [(4000, 1007), (1007, 4000), (333, 5000), (257, 256)])
 def test_a_strip_at_the_far_edge_has_a_share(size):
-    """The small canvas was rounded down, and such a region lay outside of it."""
     width, height = size
     for box in ([0, height - 2, width, height], [width - 2, 0, width, height]):
         assert 0 < region_share([box], [], None, size) < 0.06
 
 
 def test_pictures_one_pixel_wide_are_drawn(folder, policies):
-    """A ramp without a slope gave cells of no width, and the sheet divided by their area."""
     for number, size in enumerate([(1, 1), (1, 100), (100, 1)]):
         Image.new("RGB", size, "gray").save(folder / f"{number}.png")
         row = GOOD | {"image": f"{number}.png", "boxes": [[0, 0, *size]]}

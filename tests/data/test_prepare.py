@@ -5,10 +5,10 @@ import os
 import shutil
 import signal
 import time
-from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from unittest.mock import Mock
 
 import prepare_folders as folders
 import pytest
@@ -33,46 +33,49 @@ class Dataset:
 
     root: Path
     config: type[FolderConfig]
-    run: Callable[[FolderConfig], dict]
     fields: dict
     rows: dict
     dropped: dict
-    elsewhere: str | None = None  # folder of pictures that stay where they are
+    whole: dict[str, bytes] | None = None
 
-    def settings(self, name: str, **more) -> FolderConfig:
-        shutil.rmtree(self.root / name, ignore_errors=True) if not more.pop("again", False) else None
+    @property
+    def is_mixture(self) -> bool:
+        return self.config is MixtureConfig
+
+    @property
+    def elsewhere(self) -> str | None:
+        """Folder of pictures that stay where they are."""
+        return None if "copy_images" in self.fields else self.fields.get("images", self.fields.get("gqa_images"))
+
+    def settings(self, name: str, again: bool = False, **more) -> FolderConfig:
+        """Those of a run into a new folder, unless `again`."""
+        if not again:
+            shutil.rmtree(self.root / name, ignore_errors=True)
         return self.config(**self.fields | {"out": str(self.root / name), "num_processes": 1} | more)
 
+    def run(self, config: FolderConfig) -> dict:
+        return mixture.main(config) if self.is_mixture else prepare(config)
+
     def prepare(self, name: str, **more) -> dict[str, bytes]:
-        """The files of OUT, made anew unless `again`."""
+        """The files of OUT."""
         self.run(self.settings(name, **more))
         return folders.contents(self.root / name)
 
 
-CONFIGS = {"gqa": GqaConfig, "gqa copied": GqaConfig, "refocus": RefocusConfig}
-CONFIGS |= {"saliency_r1": SaliencyConfig, "visual_cot": VisualCotConfig, "mixture": MixtureConfig}
+DATASETS = {"gqa": (GqaConfig, folders.build_gqa), "gqa copied": (GqaConfig, folders.build_gqa)}
+DATASETS |= {"refocus": (RefocusConfig, folders.build_refocus), "saliency_r1": (SaliencyConfig, folders.build_saliency)}
+DATASETS |= {
+    "visual_cot": (VisualCotConfig, folders.build_visual_cot),
+    "mixture": (MixtureConfig, folders.build_mixture),
+}
 
 
-@pytest.fixture(scope="module", params=CONFIGS)
+@pytest.fixture(scope="module", params=DATASETS)
 def dataset(request, tmp_path_factory) -> Dataset:
-    name, root, run = request.param, tmp_path_factory.mktemp("prepared"), prepare
-    if name in ("refocus", "saliency_r1"):
-        data, rows, dropped = (folders.build_refocus if name == "refocus" else folders.build_saliency)(root / "hub")
-        fields = {"data": data}
-    elif name == "visual_cot":
-        fields, rows, dropped = folders.build_visual_cot(root)
-    else:
-        fields, rows, dropped = folders.build_gqa(root / "gqa")
-    elsewhere = fields.get("images")
-    if name == "gqa copied":
-        fields, elsewhere = fields | {"copy_images": True}, None
-    if name == "mixture":
-        (data, more, also), run = folders.build_refocus(root / "refocus"), mixture.main
-        fields = {f"gqa_{field}": path for field, path in fields.items()} | {"refocus": data}
-        rows = {f"gqa:{key}": row for key, row in rows.items()} | {f"refocus:{key}": more[key] for key in more}
-        dropped = {"gqa": dropped, "refocus": also}
-    found = Dataset(root, CONFIGS[name], run, fields, rows, dropped, elsewhere)
-    found.prepare("whole")
+    root, (config, build) = tmp_path_factory.mktemp("prepared"), DATASETS[request.param]
+    fields, *expected = build(root / "source")
+    found = Dataset(root, config, fields | ({"copy_images": True} if "copied" in request.param else {}), *expected)
+    found.whole = found.prepare("whole")
     return found
 
 
@@ -90,18 +93,20 @@ def test_rows_and_pictures(dataset):
     assert found == dataset.rows and len(rows) == len(found)
     for row in rows:
         assert list(row) == ["id", "image", "question", "answer", "boxes", "source"]
-        assert row["source"] == (row["id"].split(":")[0] if dataset.run is mixture.main else dataset.config.source)
+        assert row["source"] == (row["id"].split(":")[0] if dataset.is_mixture else dataset.config.source)
     stored = {str(path.relative_to(out)) for path in out.glob("**/images/*")}
     assert stored == {row["image"] for row in rows if not row["image"].startswith("..")}
+    if "copy_images" in dataset.fields:  # under their own names
+        assert {Path(name).name for name in stored} < set(os.listdir(dataset.fields["images"]))
     assert bool(dataset.elsewhere) == any(row["image"].startswith("..") for row in rows)
     expected = {"report.json", "settings.json", "train.jsonl"}
-    expected |= {"gqa", "refocus"} if dataset.run is mixture.main else set() if dataset.elsewhere else {"images"}
+    expected |= {"gqa", "refocus"} if dataset.is_mixture else set() if dataset.elsewhere else {"images"}
     assert {path.name for path in out.iterdir()} == expected
 
 
 def test_report(dataset):
     report = folders.read_report(dataset.root / "whole")
-    parts = report["parts"] if dataset.run is mixture.main else {None: report}
+    parts = report["parts"] if dataset.is_mixture else {None: report}
     for name, part in parts.items():
         reasons = dataset.dropped[name] if name else dataset.dropped
         assert part["dropped"] == {reason: len(ids) for reason, ids in reasons.items()}
@@ -113,7 +118,6 @@ def test_report(dataset):
 
 
 def test_the_loader_takes_the_folder(dataset, tmp_path, monkeypatch, capsys):
-    """Where pictures stay elsewhere, the command, the loader's message and its argument name the same flag."""
     monkeypatch.chdir(tmp_path)
     dataset.prepare("loaded")
     flag, data = f"--allowed_folders {dataset.elsewhere}", str(dataset.root / "loaded" / "train.jsonl")
@@ -128,11 +132,11 @@ def test_the_loader_takes_the_folder(dataset, tmp_path, monkeypatch, capsys):
 
 @pytest.mark.parametrize("threads", [2, 3, None])
 def test_the_number_of_threads_changes_no_byte(dataset, threads):
-    assert dataset.prepare("threads", num_processes=threads) == folders.contents(dataset.root / "whole")
+    assert dataset.prepare("threads", num_processes=threads) == dataset.whole
 
 
 def test_a_subset_is_the_beginning_of_the_order_of_its_seed(dataset, capsys):
-    fields = ("gqa_rows", "refocus_rows") if dataset.run is mixture.main else ("limit",)
+    fields = ("gqa_rows", "refocus_rows") if dataset.is_mixture else ("limit",)
     for seed in (0, 4):
         some, whole = ({"seed": seed} | dict.fromkeys(fields, limit) for limit in (3, 1000))
         assert dataset.prepare("some", **some) == dataset.prepare("some too", num_processes=3, **some)
@@ -141,7 +145,7 @@ def test_a_subset_is_the_beginning_of_the_order_of_its_seed(dataset, capsys):
         assert capsys.readouterr().out.count("fewer than the 1,000 rows asked for") == len(fields)
         some, whole = folders.read_lines(dataset.root / "some"), folders.read_lines(dataset.root / "all")
         report = folders.read_report(dataset.root / "some")
-        if dataset.run is mixture.main:  # shuffled once more
+        if dataset.is_mixture:  # shuffled once more
             assert len(some) == 6 and len([row for row in some if row["source"] == "gqa"]) == 3
             assert all(row in whole for row in some)
         else:
@@ -166,7 +170,6 @@ def count_rows(monkeypatch, fails_after: int | None = None) -> list:
 
 @pytest.mark.parametrize("share", [0, 0.3, 0.99])
 def test_a_failed_run_resumes(dataset, monkeypatch, share):
-    """An error in the middle, as when the disk is full; then the same command. No finished row is worked on again."""
     total = count_rows(monkeypatch)
     dataset.prepare("counted")
     before = count_rows(monkeypatch, fails_after=int(share * len(total)))
@@ -174,7 +177,7 @@ def test_a_failed_run_resumes(dataset, monkeypatch, share):
         dataset.prepare("out")
     assert not (dataset.root / "out" / "train.jsonl").exists()
     after = count_rows(monkeypatch)
-    assert dataset.prepare("out", again=True) == folders.contents(dataset.root / "whole")
+    assert dataset.prepare("out", again=True) == dataset.whole
     assert len(before) + len(after) == len(total)
 
 
@@ -194,17 +197,13 @@ def test_a_killed_run_resumes(dataset, threads, lines):
     run.join()
     assert not (out / "report.json").exists() and not (out / "train.jsonl").exists()
     assert logged(out)[: len(before)] == before
-    assert dataset.prepare("killed", again=True, num_processes=4 - threads) == folders.contents(dataset.root / "whole")
+    assert dataset.prepare("killed", again=True, num_processes=4 - threads) == dataset.whole
 
 
 def interrupt(dataset, monkeypatch, name: str) -> Path:
     """Stop a run of which all rows were read; its log, or the one of its first part."""
-
-    def stop(*_):
-        raise OSError("stop")
-
     with monkeypatch.context() as patched, pytest.raises(DataError, match="stop"):
-        patched.setattr(shared, "_write_results", stop)
+        patched.setattr(shared, "_write_results", Mock(side_effect=OSError("stop")))
         dataset.prepare(name)
     return next((dataset.root / name).glob("**/.work/records.jsonl"))
 
@@ -222,7 +221,7 @@ def interrupt(dataset, monkeypatch, name: str) -> Path:
 def test_a_log_that_was_written_in_part_is_mended(dataset, monkeypatch, damage):
     log = interrupt(dataset, monkeypatch, "torn")
     log.write_bytes(damage(log.read_bytes()))
-    assert dataset.prepare("torn", again=True) == folders.contents(dataset.root / "whole")
+    assert dataset.prepare("torn", again=True) == dataset.whole
 
 
 @pytest.mark.parametrize("stage", [(shared, "write_json"), (shared.shutil, "rmtree"), (mixture, "merge")])
@@ -237,31 +236,28 @@ def test_a_stop_between_the_last_files(dataset, monkeypatch, stage):
         return former(path, *more, **options)
 
     config = dataset.settings("stopped")
-    with monkeypatch.context() as patched:
+    with monkeypatch.context() as patched, suppress(KeyboardInterrupt):
         patched.setattr(module, name, stop)
-        with suppress(KeyboardInterrupt):
-            dataset.run(config)
-    assert len(reached) == (name != "merge" or dataset.run is mixture.main)
-    assert dataset.prepare("stopped", again=True) == folders.contents(dataset.root / "whole")
+        dataset.run(config)
+    assert len(reached) == (name != "merge" or dataset.is_mixture)
+    assert dataset.prepare("stopped", again=True) == dataset.whole
 
 
 def test_a_complete_folder_is_not_worked_on_again(dataset, monkeypatch, capsys):
-    whole = folders.contents(dataset.root / "whole")
     for config in (dataset.config, GqaConfig, RefocusConfig):
         monkeypatch.setattr(config, "open_rows", None, raising=False)
     monkeypatch.setattr(mixture, "merge", None)
-    assert dataset.prepare("whole", again=True) == whole and "kept" in capsys.readouterr().out
+    assert dataset.prepare("whole", again=True) == dataset.whole and "kept" in capsys.readouterr().out
 
 
 def test_other_settings_are_refused_by_name(dataset):
-    whole = folders.contents(dataset.root / "whole")
     said = "(?s)other settings.*--overwrite to start again:.*seed was 0, now it is 1.*tolerance was"
     with pytest.raises(ConfigError, match=said):
         dataset.prepare("whole", again=True, seed=1, tolerance=0.5)
-    assert folders.contents(dataset.root / "whole") == whole
+    assert folders.contents(dataset.root / "whole") == dataset.whole
     other = dataset.prepare("other", seed=1)
     dataset.prepare("again")
-    assert dataset.prepare("again", again=True, seed=1, overwrite=True) == other != whole
+    assert dataset.prepare("again", again=True, seed=1, overwrite=True) == other != dataset.whole
 
 
 def test_a_source_that_changed_is_refused(dataset, monkeypatch):
@@ -269,18 +265,16 @@ def test_a_source_that_changed_is_refused(dataset, monkeypatch):
     log.write_bytes(b'{"rows": 7}' + log.read_bytes()[log.read_bytes().index(b"\n") :])
     with pytest.raises(DataError, match="had 7 rows before the stop and has [0-9]+ now; start again: --overwrite"):
         dataset.prepare("changed", again=True)
-    assert dataset.prepare("changed", again=True, overwrite=True) == folders.contents(dataset.root / "whole")
+    assert dataset.prepare("changed", again=True, overwrite=True) == dataset.whole
 
 
 def test_a_folder_of_something_else_is_left_alone(dataset):
-    shutil.rmtree(dataset.root / "thesis", ignore_errors=True)
     (dataset.root / "thesis").mkdir()
     (dataset.root / "thesis" / "chapter.tex").write_text("precious")
-    for overwrite in (False, True):
-        with pytest.raises(ConfigError, match="holds something else already"):
-            dataset.prepare("thesis", again=True, overwrite=overwrite)
-    assert folders.contents(dataset.root / "thesis") == {"chapter.tex": b"precious"}
-    for out in (dataset.root / "thesis/chapter.tex/x", dataset.root / "thesis/chapter.tex", "/proc/x"):
-        with pytest.raises(ConfigError, match="(?s)^out=.*(holds something else|cannot be made or written).*give a"):
-            dataset.run(dataset.config(**dataset.fields, out=str(out)))
+    for name in ("thesis", "thesis/chapter.tex/x", "thesis/chapter.tex", "/proc/x"):
+        for overwrite in (False, True):
+            with pytest.raises(
+                ConfigError, match="(?s)^out=.*(holds something else|cannot be made or written).*give a"
+            ):
+                dataset.prepare(name, again=True, overwrite=overwrite)
     assert folders.contents(dataset.root / "thesis") == {"chapter.tex": b"precious"}

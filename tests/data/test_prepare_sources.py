@@ -12,11 +12,13 @@ from prepare_folders import encoded
 
 from data.prepare.folder import random_order
 from data.prepare.rows import Dropped, Picture, as_shown, fit_boxes, inspect_picture, text
-from data.prepare.sources import JsonLines, TableRows, open_table, read_entry, scan_object
+from data.prepare.sources import TableRows, open_table, read_entry, scan_object
+from data.prepare.visual_cot import MetadataRows
 from sayo.examples.pictures import DataError
 from sayo.settings import ConfigError
 
 SCALARS = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text()
+INDENTS, BLANKS = st.sampled_from([None, 0, 3, "\t"]), st.sampled_from(["", " ", "\r\n\t "])
 VALUES = st.recursive(SCALARS, lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner), max_leaves=8)
 
 
@@ -36,13 +38,7 @@ def scanned(file: Path, content: str, chunk: int) -> list[tuple[str, object]]:
 
 
 @settings(max_examples=60)
-@given(
-    st.dictionaries(st.text(), VALUES),
-    st.integers(1, 40),
-    st.sampled_from([None, 0, 3, "\t"]),
-    st.booleans(),
-    st.sampled_from(["", " ", "\r\n\t "]),
-)
+@given(st.dictionaries(st.text(), VALUES), st.integers(1, 40), INDENTS, st.booleans(), BLANKS)
 def test_an_object_is_read_as_json_loads_reads_it(file, value, chunk, indent, ascii, blanks):
     content = json.dumps(value, indent=indent, ensure_ascii=ascii)
     try:
@@ -92,14 +88,12 @@ def test_an_entry_that_is_nested_too_deeply_is_refused(file):
 def test_lines_of_several_files(tmp_path):
     (tmp_path / "a.jsonl").write_bytes('{"n": 1}\n\n{"n": "猫"}\r\n[3]\nnope\n'.encode())
     (tmp_path / "b.jsonl").write_bytes(b'{"n": 5}')
-    lines = JsonLines([tmp_path / "a.jsonl", tmp_path / "b.jsonl"])
-    assert len(lines) == 5
-    assert [lines[i][1:] for i in (0, 1, 4)] == [(1, {"n": 1}), (3, {"n": "猫"}), (1, {"n": 5})]
-    assert lines[4][0].name == "b.jsonl"
-    with pytest.raises(Dropped, match="not a JSON object.*a.jsonl:4"):
-        lines[2]
-    with pytest.raises(Dropped, match="line is not JSON.*a.jsonl:5"):
-        lines[3]
+    rows = MetadataRows([tmp_path / "a.jsonl", tmp_path / "b.jsonl"])
+    assert len(rows) == 5
+    assert [rows.line(i) for i in (0, 1, 4)] == [("a:1", {"n": 1}), ("a:3", {"n": "猫"}), ("b:1", {"n": 5})]
+    for index, said in ((2, "not a JSON object.*a.jsonl:4"), (3, "line is not JSON.*a.jsonl:5")):
+        with pytest.raises(Dropped, match=said):
+            rows.line(index)
 
 
 @pytest.fixture

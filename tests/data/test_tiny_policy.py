@@ -1,6 +1,5 @@
 """The embedded policy is a real Qwen3-VL, loads quietly, knows something; its build script runs in small."""
 
-import json
 import os
 import subprocess
 import sys
@@ -14,7 +13,7 @@ from torch.utils.data import DataLoader
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from data import build_tiny_policy as build
-from data.build_tiny_policy import COLORS, EXTENTS, NAMES, SPECIAL_TOKENS, Batches, cell_labels, measure
+from data.build_tiny_policy import EXTENTS, NAMES, PAINTS, SPECIAL_TOKENS, Batches, cell_labels, measure
 from sayo.examples.scenes.scenes import Scenes
 from sayo.model.prompts import SYSTEM_PROMPT
 from sayo.run.provenance import digest
@@ -30,54 +29,36 @@ def policy():
 
 
 def test_the_fingerprint_stays_so_that_former_runs_resume():
-    """A script and a rewritten README in this folder made every run on the embedded policy one of another model."""
-    assert digest(FOLDER) == "184aef48ceda5da5"
-
-
-def test_folder_is_at_most_8_megabytes():
-    assert sum(file.stat().st_size for file in FOLDER.rglob("*")) <= 8_000_000
+    assert digest(FOLDER) == "184aef48ceda5da5"  # of every byte, and so of 8 MB at most
 
 
 def test_loads_offline_without_a_warning():
-    """In a process of its own, because libraries print many warnings only once."""
-    code = (
-        "from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor\n"
-        f"folder = {str(FOLDER)!r}\n"
-        "AutoConfig.from_pretrained(folder)\n"
-        "model = AutoModelForImageTextToText.from_pretrained(folder)\n"
-        "processor = AutoProcessor.from_pretrained(folder)\n"
+    code = (  # in a process of its own, because libraries print many warnings only once
+        "from transformers import AutoModelForImageTextToText, AutoProcessor\n"
+        f"model = AutoModelForImageTextToText.from_pretrained({str(FOLDER)!r})\n"
+        f"processor = AutoProcessor.from_pretrained({str(FOLDER)!r})\n"
         "print(*(type(part).__name__ for part in (model, processor, processor.tokenizer, processor.image_processor)))\n"
     )
     quiet = {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "TRANSFORMERS_VERBOSITY": "warning"}
     command = [sys.executable, "-W", "default", "-c", code]
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | quiet)
     assert done.returncode == 0, done.stderr
-    names = "Qwen3VLForConditionalGeneration Qwen3VLProcessor Qwen2Tokenizer Qwen2VLImageProcessor"
-    assert done.stdout.split() == names.split()
-    complaints = [line for line in done.stderr.splitlines() if line.strip() and not line.startswith("Loading weights")]
-    assert not complaints
+    assert done.stdout == "Qwen3VLForConditionalGeneration Qwen3VLProcessor Qwen2Tokenizer Qwen2VLImageProcessor\n"
+    assert not [line for line in done.stderr.splitlines() if line.strip() and not line.startswith("Loading weights")]
 
 
-def test_weights_are_finite_float32_and_the_vocabulary_fits(policy):
-    model, processor = policy
-    assert all(parameter.dtype == torch.float32 and parameter.isfinite().all() for parameter in model.parameters())
-    assert model.config.text_config.vocab_size == len(processor.tokenizer)
-    assert 1e6 < sum(parameter.numel() for parameter in model.parameters()) < 2e6
-
-
-def test_ends_and_placeholders_agree(policy):
+def test_weights_are_finite_float32_and_the_tokenizer_fits(policy):
     model, processor = policy
     tokenizer = processor.tokenizer
+    assert all(parameter.dtype == torch.float32 and parameter.isfinite().all() for parameter in model.parameters())
+    assert model.config.text_config.vocab_size == len(tokenizer)
+    assert 1e6 < sum(parameter.numel() for parameter in model.parameters()) < 2e6
     assert (tokenizer.eos_token, tokenizer.pad_token) == ("<|im_end|>", "<|endoftext|>")
     assert tokenizer.eos_token_id in model.generation_config.eos_token_id
     assert model.generation_config.pad_token_id == tokenizer.pad_token_id
     assert model.config.image_token_id == processor.image_token_id == tokenizer.convert_tokens_to_ids("<|image_pad|>")
     assert set(SPECIAL_TOKENS) <= set(tokenizer.all_special_tokens)
     assert all(len(tokenizer(token)["input_ids"]) == 1 for token in SPECIAL_TOKENS)
-
-
-def test_any_text_survives_the_tokenizer(policy):
-    tokenizer = policy[1].tokenizer
     for text in ("What color is the small cross?", "Grüße, 日本 — 2024!\n\ttabs", "</answer> x<answer>"):
         assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
 
@@ -107,7 +88,6 @@ def test_a_picture_becomes_as_many_tokens_as_it_has_cells(policy):
 
 
 def test_answers_heldout_questions_by_plain_generate(policy):
-    """Far from certain, so that reinforcement learning has room, and far from broken."""
     figures = measure(*policy, "heldout", 48)
     assert 0.3 < figures["accuracy"] < 0.95, figures
     assert 10 <= figures["tokens"] <= 40, figures
@@ -126,11 +106,9 @@ def test_cell_labels_say_what_a_visual_token_holds():
     entry = {"name": "legend", "color": "blue", "size": "", "letter": "B", "box": (0, 32, 26, 46)}
     example = {"image": Image.new("RGB", (96, 64)), "objects": [thing, entry]}
     classes, boxes = cell_labels(example, rows=2, columns=3)
-    held = ("nothing", "star", "nothing", "B", "nothing", "nothing")
-    assert classes[:, 0].tolist() == [NAMES.index(name) for name in held]
-    colors = list(COLORS)
-    assert classes[1].tolist() == [NAMES.index("star"), 1 + colors.index("red"), EXTENTS.index("small"), 2]
-    assert classes[3].tolist() == [NAMES.index("B"), 1 + colors.index("blue"), EXTENTS.index(""), 4]
+    assert [NAMES[name] for name in classes[:, 0]] == ["nothing", "star", "nothing", "B", "nothing", "nothing"]
+    assert [PAINTS[classes[cell, 1]] for cell in (1, 3)] == ["red", "blue"]
+    assert [EXTENTS[classes[cell, 2]] for cell in (1, 3)] == ["small", ""] and classes[[1, 3], 3].tolist() == [2, 4]
     assert boxes[1].tolist() == pytest.approx([40 / 96, 4 / 64, 60 / 96, 24 / 64])
 
 
@@ -138,30 +116,26 @@ def test_labels_are_the_completion_and_nothing_else(policy):
     processor = policy[1]
     batches = Batches(processor, first=3, count=1, batch_size=4)
     with_system, without = batches[0]
-    examples = Scenes("train", 100, seed=build.BUILD_SEED)[12:16]
-    for half, pair in ((with_system, examples[:2]), (without, examples[2:])):
+    examples = Scenes("train", 100, seed=build.BUILD_SEED)
+    for half, pair in ((with_system, examples[12:14]), (without, examples[14:16])):
         for labels, ids, example in zip(half["labels"], half["input_ids"], pair, strict=True):
             assert processor.tokenizer.decode(labels[labels != -100]) == f"{example['reasoning']}<|im_end|>"
             assert (SYSTEM_PROMPT in processor.tokenizer.decode(ids)) is (half is with_system)
 
 
 def test_smoke_build(tmp_path):
-    """Every stage in a few steps; fine-tuning changes every weight of the language model, none of the vision tower."""
     small = {"vision_steps": 2, "steps": 3, "looking_steps": 1, "evaluate_every": 3, "look_at": 16, "batch_size": 8}
     small |= {"seed": 0, "target": 0.9, "muon_rate": 4e-3, "adam_rate": 2e-3, "tokenizer_examples": 200}
     (tmp_path / "policy").mkdir()
     for name in ("README.md", "stale.bin"):
         (tmp_path / "policy" / name).write_text(name)
     build.build(tmp_path / "policy", Namespace(**small, checkpoints=tmp_path / "looks"))
-    kept = [name for name in ("README.md", "stale.bin") if (tmp_path / "policy" / name).exists()]
-    assert kept == ["README.md"]
-    before, after = (
-        dict(AutoModelForImageTextToText.from_pretrained(folder).named_parameters())
-        for folder in (tmp_path / "looks" / "vision", tmp_path / "policy")
-    )
-    for name in before:
-        assert torch.equal(before[name], after[name]) is ("visual" in name), name
-    assert json.loads((tmp_path / "policy" / "config.json").read_text())["model_type"] == "qwen3_vl"
+    assert (tmp_path / "policy" / "README.md").exists() and not (tmp_path / "policy" / "stale.bin").exists()
+    folders = (tmp_path / "looks" / "vision", tmp_path / "policy")
+    before, after = (AutoModelForImageTextToText.from_pretrained(folder) for folder in folders)
+    for (name, weight), other in zip(before.named_parameters(), after.parameters(), strict=True):
+        assert torch.equal(weight, other) is ("visual" in name), name
+    assert after.config.model_type == "qwen3_vl"
     assert AutoProcessor.from_pretrained(tmp_path / "policy").tokenizer.eos_token == "<|im_end|>"
 
 

@@ -4,11 +4,13 @@ import json
 import os
 import shutil
 import time
+from unittest.mock import Mock, call
 
 import benchmark_folders
 import datasets
 import pytest
 from benchmark_folders import BUILDERS, TABLE_CHOICES
+from conftest import write_jsonl
 from prepare_folders import encoded
 
 from sayo.examples.benchmark_rows import split_options, without_letters
@@ -25,28 +27,23 @@ def as_tuples(examples) -> list:
     ]
 
 
-@pytest.mark.parametrize("name", BENCHMARKS)
-def test_a_copy_of_the_hubs_form(name, tmp_path):
-    expected = BUILDERS[name](tmp_path)
+FORMS = [
+    *((name, BUILDERS[name]) for name in BENCHMARKS),
+    ("wemath", benchmark_folders.build_wemath_repository),
+    ("chartqa", benchmark_folders.build_chartqa_of_huggingface),
+    ("mme_realworld_lite", BUILDERS["mme_realworld"]),  # the lite one for lmms-eval has these columns
+]
+
+
+@pytest.mark.parametrize(("name", "build"), FORMS)
+def test_every_form_of_a_benchmark(name, build, tmp_path):
+    expected = build(tmp_path)
     examples = load_benchmark(name, copy=tmp_path)
     assert as_tuples(examples) == expected
     for found in examples:
         assert found["image"].mode == "RGB" and len(found["images"]) == 1
         assert is_correct(f"I look. <answer>{found['answer']}</answer>", found), found["id"]
         assert not is_correct("I look. <answer>A or B</answer>", found)
-
-
-@pytest.mark.parametrize(
-    ("name", "build"),
-    [
-        ("wemath", benchmark_folders.build_wemath_repository),
-        ("chartqa", benchmark_folders.build_chartqa_of_huggingface),
-        ("mme_realworld_lite", BUILDERS["mme_realworld"]),  # the lite one for lmms-eval has these columns
-    ],
-)
-def test_another_form_of_the_same_benchmark(name, build, tmp_path):
-    expected = build(tmp_path)
-    assert as_tuples(load_benchmark(name, copy=tmp_path)) == expected
 
 
 def test_the_data_file_may_be_named_itself_and_a_saved_dataset_is_one(tmp_path):
@@ -58,12 +55,12 @@ def test_the_data_file_may_be_named_itself_and_a_saved_dataset_is_one(tmp_path):
 
 
 def test_what_was_left_out_is_said(tmp_path, capsys):
-    BUILDERS["m3cot"](tmp_path / "m3cot")
-    load_benchmark("m3cot", copy=tmp_path / "m3cot")
-    assert "m3cot: 1 of 3 questions have no picture: left out" in capsys.readouterr().err
-    BUILDERS["mmstar"](tmp_path / "mmstar")
-    load_benchmark("mmstar", copy=tmp_path / "mmstar")
-    assert "mmstar: options of 1 questions stay in their text, graded by letter" in capsys.readouterr().err
+    words = {"m3cot": "1 of 3 questions have no picture: left out"}
+    words["mmstar"] = "options of 1 questions stay in their text, graded by letter"
+    for name, said in words.items():
+        BUILDERS[name](tmp_path / name)
+        load_benchmark(name, copy=tmp_path / name)
+        assert f"{name}: {said}" in capsys.readouterr().err
 
 
 def test_the_grading_of_each_kind(tmp_path):
@@ -85,16 +82,14 @@ def test_the_grading_of_each_kind(tmp_path):
 
 @pytest.mark.parametrize("image", ["../outside.jpg", "/etc/hostname", "direct_attributes/../../outside.jpg"])
 def test_no_picture_is_read_from_outside_of_the_folder(image, tmp_path):
-    folder = tmp_path / "vstar"
-    BUILDERS["vstar"](folder)
+    copy = tmp_path / "vstar"
+    BUILDERS["vstar"](copy)
     (tmp_path / "outside.jpg").write_bytes(encoded(form="JPEG"))
-    lines = (folder / "test_questions.jsonl").read_text().splitlines()
-    (folder / "test_questions.jsonl").write_text(
-        "\n".join([json.dumps(json.loads(lines[0]) | {"image": image}), lines[1]])
-    )
+    first, second = map(json.loads, (copy / "test_questions.jsonl").read_text().splitlines())
+    write_jsonl(copy, first | {"image": image}, second, name="test_questions.jsonl")
     with pytest.raises(DataError, match="lies outside of"):
-        load_benchmark("vstar", copy=folder)
-    assert len(load_benchmark("vstar", copy=folder, bad_rows="skip")) == 1
+        load_benchmark("vstar", copy=copy)
+    assert len(load_benchmark("vstar", copy=copy, bad_rows="skip")) == 1
 
 
 def test_a_picture_that_is_not_there_is_named_with_the_places(tmp_path):
@@ -109,24 +104,18 @@ def test_the_hubs_cache_of_links_is_read(tmp_path, monkeypatch):
     expected = BUILDERS["vstar"](tmp_path / "blobs")
     snapshot = tmp_path / "snapshots" / "c0ffee"
     shutil.copytree(tmp_path / "blobs", snapshot, copy_function=os.symlink)
-    asked = []
-
-    def snapshot_download(repository, repo_type, revision):
-        asked.append((repository, repo_type, revision))
-        return str(snapshot)
-
-    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
-    assert as_tuples(load_benchmark("vstar")) == expected
-    assert as_tuples(load_benchmark("vstar", revision="c0ffee")) == expected
-    assert asked == [("craigwu/vstar_bench", "dataset", None), ("craigwu/vstar_bench", "dataset", "c0ffee")]
+    download = Mock(return_value=str(snapshot))
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    for revision in (None, "c0ffee"):
+        assert as_tuples(load_benchmark("vstar", revision=revision)) == expected
+        assert download.call_args == call("craigwu/vstar_bench", repo_type="dataset", revision=revision)
 
 
 def test_several_pictures_in_a_list(tmp_path):
     pictures = [{"bytes": encoded(color), "path": None} for color in ("red", "blue")]
     rows = [{"question": "Which?", "options": ["one", "two"], "answer": "1", "image": pictures}]
     dataset = datasets.Dataset.from_list(rows).cast_column("image", datasets.List(datasets.Image()))
-    (tmp_path / "data").mkdir()
-    dataset.to_parquet(tmp_path / "data" / "test-00000-of-00001.parquet")
+    dataset.to_parquet(tmp_path / "test.parquet")
     (found,) = load_benchmark("ai2d", copy=tmp_path)
     assert [image.getpixel((0, 0)) for image in found["images"]] == [(255, 0, 0), (0, 0, 255)]
 

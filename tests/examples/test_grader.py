@@ -5,7 +5,7 @@ import pytest
 from sayo.examples.checks import check_row
 from sayo.examples.pictures import DataError, DataFolder
 from sayo.grader import grader
-from sayo.grader.grader import ANSWER_TYPES, choice_labels, clean, extract_answer, is_correct, quantity
+from sayo.grader.grader import ANSWER_TYPES, choice_labels, clean, is_correct, quantity
 from sayo.model.prompts import question_text
 
 PETS = {"answer": "B", "choices": ["cat", "dog", "a cat and a dog", "neither"]}
@@ -19,58 +19,34 @@ LIST = {"answer": "[red, blue]", "answer_type": "list"}
 POINTS = {"answer": "P'", "choices": ["P'", "P", "Q"]}
 MATH_CHOICES = {"answer": "C", "choices": ["$\\frac{1}{3}$", "$2$", "$\\frac{1}{2}$"], "answer_type": "math"}
 
+
+def cases(example: dict, expected: bool, reason: str, *answers: str) -> list[tuple]:
+    return [(answer, example, expected, reason) for answer in answers]
+
+
 CASES = [  # answer, example, whether it is right, why
     # letters and choices
-    ("B", PETS, True, "the letter"),
-    ("b", PETS, True, "case does not count"),
-    ("(B)", PETS, True, "in parentheses"),
-    ("[B]", PETS, True, "in brackets"),
-    ("B.", PETS, True, "a final period"),
-    ("B)", PETS, True, "as in a list"),
+    *cases(PETS, True, "the letter, however it is written", "B", "b", "(B)", "[B]", "B.", "B)", "**B**", "\\boxed{B}"),
+    *cases(PETS, True, "the letter, however it is written", "$\\text{B}$", "Option B", "The answer is B."),
     ("dog", PETS, True, "the text of the choice"),
-    ("B: dog", PETS, True, "letter and text that agree"),
-    ("(B) dog", PETS, True, "letter and text that agree, in parentheses"),
-    ("B - dog", PETS, True, "letter and text with a dash"),
-    ("dog (B)", PETS, True, "text first"),
-    ("Option B", PETS, True, "the word option"),
-    ("The answer is B.", PETS, True, "a whole sentence that says one letter"),
-    ("The correct answer is (B) dog.", PETS, True, "a sentence with letter and text"),
+    *cases(PETS, True, "letter and text that agree", "B: dog", "(B) dog", "B - dog", "dog (B)"),
+    *cases(PETS, True, "letter and text that agree", "The correct answer is (B) dog."),
     ("A", PETS, False, "another letter"),
-    ("A or B", PETS, False, "hedging"),
-    ("A/B", PETS, False, "hedging with a slash"),
-    ("A, B", PETS, False, "two letters"),
-    ("AB", PETS, False, "two letters without a blank"),
-    ("A and B", PETS, False, "both"),
-    ("B, definitely not A", PETS, False, "more than one choice is named"),
-    ("A. cat B. dog C. a cat and a dog D. neither", PETS, False, "all options listed"),
-    ("A B C D", PETS, False, "all letters listed"),
-    ("(A) or (B)", PETS, False, "hedging in parentheses"),
-    ("not B", PETS, False, "a negation"),
-    ("not A", PETS, False, "a negation of a wrong one names none"),
-    ("The answer is not B", PETS, False, "a negated sentence"),
-    ("B is wrong", PETS, False, "a negation behind the letter"),
-    ("B. cat", PETS, False, "letter and text that disagree"),
-    ("cat (B)", PETS, False, "text and letter that disagree"),
-    ("Option A or option B", PETS, False, "hedging with the word option"),
-    ("dogma", PETS, False, "the option's text inside another word"),
-    ("hotdog", PETS, False, "the option's text at the end of another word"),
+    *cases(PETS, False, "hedging", "A or B", "A/B", "(A) or (B)", "Option A or option B", "\\boxed{A} or \\boxed{B}"),
+    *cases(PETS, False, "hedging", "\\boxed{A} \\boxed{B}"),
+    *cases(PETS, False, "two letters", "A, B", "AB", "A and B"),
+    *cases(PETS, False, "all of them listed", "A. cat B. dog C. a cat and a dog D. neither", "A B C D", "B\nA\nC\nD"),
+    *cases(PETS, False, "a negation, or more than one choice", "not B", "not A", "The answer is not B", "B is wrong"),
+    *cases(PETS, False, "a negation, or more than one choice", "B, definitely not A"),
+    *cases(PETS, False, "letter and text that disagree", "B. cat", "cat (B)"),
+    *cases(PETS, False, "inside another word; the paper's script takes BLACK", "dogma", "hotdog", "BLACK"),
     ("a dog and a cat", PETS, False, "contains the right text, says more"),
     ("Because it barks, B", PETS, False, "a letter somewhere in a sentence is no answer"),
-    ("BLACK", PETS, False, "a word that begins with the letter; the paper's script takes it"),
-    ("E", PETS, False, "no such choice"),
-    ("2", PETS, False, "a choice has a letter, not a number"),
-    ("\u0412", PETS, False, "a Cyrillic letter that looks like B is not B"),
-    ("\u0392", PETS, False, "nor is a Greek one"),
+    *cases(PETS, False, "no such choice, or no letter", "E", "2", "\u0412", "\u0392"),
     ("\uff22", PETS, True, "a fullwidth B is a B written wide"),
     ("\u200bB", PETS, True, "a character that is not shown does not count"),
-    ("**B**", PETS, True, "bold"),
-    ("\\boxed{B}", PETS, True, "a box around all of it"),
-    ("\\boxed{A} \\boxed{B}", PETS, False, "two boxes"),
-    ("\\boxed{A} or \\boxed{B}", PETS, False, "two boxes, hedged"),
-    ("$\\text{B}$", PETS, True, "LaTeX around a letter"),
     ('{"answer": "B"}', PETS, False, "the gold answer's format injected as JSON"),
     ("answer: B | answer: A", PETS, False, "two answers behind each other's marks"),
-    ("B\nA\nC\nD", PETS, False, "one letter a line"),
     ("the letter", {"answer": "A", "choices": ["x", "y"]}, False, "an article is not the letter A"),
     ("A", {"answer": "A", "choices": ["B", "A"]}, True, "a text that is a letter: the text is meant, on both sides"),
     ("10", {"answer": "B", "choices": ["1", "10", "100"]}, True, "a number among choices"),
@@ -111,11 +87,9 @@ CASES = [  # answer, example, whether it is right, why
     ("Yes.", YES, True, "case and a period"),
     ("true", YES, True, "true says yes"),
     ("no", YES, False, "no"),
-    ("yes and no", YES, False, "both"),
-    ("yes/no", YES, False, "both, with a slash"),
+    *cases(YES, False, "both", "yes and no", "yes/no", "yes, no"),
     ("not yes", YES, False, "a negation"),
     ("yesterday", YES, False, "inside another word"),
-    ("yes, no", YES, False, "one behind the other"),
     # numbers
     ("three", NUMBER, True, "a number word"),
     ("3.00", NUMBER, True, "zeros behind the point"),
@@ -124,11 +98,7 @@ CASES = [  # answer, example, whether it is right, why
     ("\uff13", NUMBER, True, "a fullwidth digit"),
     ("\u0663", NUMBER, False, "a digit of another script is not read"),
     ("3²", NUMBER, False, "a superscript is a power, not the digit 3"),
-    ("3 or 4", NUMBER, False, "hedging"),
-    ("3 four", NUMBER, False, "two numbers, one a word"),
-    ("1 2 3 4", NUMBER, False, "all numbers listed"),
-    ("2-4", NUMBER, False, "a range"),
-    ("about 3 to 4", NUMBER, False, "a range in words"),
+    *cases(NUMBER, False, "more than one number", "3 or 4", "3 four", "1 2 3 4", "2-4", "about 3 to 4"),
     ("33", NUMBER, False, "contains the digit"),
     ("-3", NUMBER, False, "the sign counts"),
     ("\u22123", {"answer": "-3", "answer_type": "number"}, True, "a typographic minus"),
@@ -147,8 +117,7 @@ CASES = [  # answer, example, whether it is right, why
     ("5 pears", {"answer": "5 apples", "answer_type": "number"}, False, "something else is counted"),
     ("1.5e3", {"answer": "1500", "answer_type": "number"}, True, "scientific"),
     ("1.5 × 10^3", {"answer": "1500", "answer_type": "number"}, True, "scientific, as printed"),
-    ("1/0", NUMBER, False, "no number"),
-    ("inf", NUMBER, False, "no number"),
+    *cases(NUMBER, False, "no number", "1/0", "inf"),
     ("nan", {"answer": "nan"}, True, "as text, not as a number"),
     # ChartQA's tolerance
     ("209", CHART, True, "4.5 % off"),
@@ -166,21 +135,14 @@ CASES = [  # answer, example, whether it is right, why
     ("45%", {"answer": "$45", "answer_type": "relaxed_number"}, False, "no tolerance for units"),
     ("45", {"answer": "$45", "answer_type": "relaxed_number"}, True, "the unit left out"),
     # mathematics
-    ("1/2", HALF, True, "another form"),
-    ("0.5", HALF, True, "as a decimal"),
-    ("\\dfrac{2}{4}", HALF, True, "not reduced"),
-    ("$\\frac12$", HALF, True, "in dollars, without braces"),
-    ("x = \\frac{1}{2}", HALF, True, "named"),
+    *cases(HALF, True, "another form of the same value", "1/2", "0.5", "\\dfrac{2}{4}", "$\\frac12$"),
+    *cases(HALF, True, "another form of the same value", "x = \\frac{1}{2}"),
     ("\\frac{1}{3}", HALF, False, "another value"),
-    ("\\frac{1}{2} or \\frac{1}{3}", HALF, False, "hedging"),
-    ("\\frac{1}{2}, \\frac{1}{3}", HALF, False, "two values"),
-    ("\\pm\\frac{1}{2}", HALF, False, "two values in one sign"),
-    ("$1/3$ $1/2$", HALF, False, "two formulas, of which a parser may take the last"),
-    ("\\{3, 4\\}", FOUR, False, "a set that holds it"),
-    ("3 = 4", FOUR, False, "an equation that ends in it"),
-    ("1 = 2 = 3 = 4", FOUR, False, "a chain that ends in it"),
-    ("x < 5", FOUR, False, "an inequality that it fulfils"),
-    ("not = 4", FOUR, False, "a negation dressed as a name"),
+    *cases(HALF, False, "two values; a parser may take the last", "\\frac{1}{2} or \\frac{1}{3}"),
+    *cases(HALF, False, "two values; a parser may take the last", "\\frac{1}{2}, \\frac{1}{3}", "\\pm\\frac{1}{2}"),
+    *cases(HALF, False, "two values; a parser may take the last", "$1/3$ $1/2$"),
+    *cases(FOUR, False, "it holds the value, and says more", "\\{3, 4\\}", "3 = 4", "1 = 2 = 3 = 4", "x < 5"),
+    *cases(FOUR, False, "it holds the value, and says more", "not = 4"),
     ("4^\\circ", FOUR, True, "degrees that the answer leaves out"),
     ("4\\text{ cm}", FOUR, True, "a unit in LaTeX"),
     ("2\\sqrt{3}", {"answer": "\\sqrt{12}", "answer_type": "math"}, True, "roots"),
@@ -204,15 +166,8 @@ CASES = [  # answer, example, whether it is right, why
     ("A or B", LETTER, False, "hedging"),
     ("ABCD", LETTER, False, "all of them"),
     ("blue and red", LIST, True, "in any order"),
-    ("red", LIST, False, "one of two"),
-    ("red, blue, green", LIST, False, "one too many"),
-    ("red, red, blue", LIST, False, "one twice"),
+    *cases(LIST, False, "one missing, too many, or twice", "red", "red, blue, green", "red, red, blue"),
 ]
-
-
-@pytest.mark.parametrize(("answer", "example", "expected", "reason"), CASES)
-def test_is_correct(answer, example, expected, reason):
-    assert is_correct(f"I look. <answer>{answer}</answer>", example) is expected, reason
 
 
 WHOLE_TEXTS = [
@@ -237,9 +192,13 @@ WHOLE_TEXTS = [
 ]
 
 
-@pytest.mark.parametrize(("text", "expected", "reason"), WHOLE_TEXTS)
-def test_whole_texts(text, expected, reason):
-    assert is_correct(text, PETS) is expected, reason
+TEXTS = [(f"I look. <answer>{answer}</answer>", *case) for answer, *case in CASES]
+TEXTS += [(text, PETS, expected, reason) for text, expected, reason in WHOLE_TEXTS]
+
+
+@pytest.mark.parametrize(("text", "example", "expected", "reason"), TEXTS, ids=lambda text: str(text)[:60])
+def test_is_correct(text, example, expected, reason):
+    assert is_correct(text, example) is expected, reason
 
 
 def test_every_example_is_valid_and_its_own_answer_right(tmp_path):
@@ -274,10 +233,7 @@ def test_a_number_names_the_choice_with_its_unit_and_none_where_several_could_be
         examples = [{"answer": gold, "choices": texts.split()} for gold in texts.split()]
         right = [example["answer"] for example in examples if is_correct(f"<answer>{answer}</answer>", example)]
         assert right == expected
-
-
-def test_choices_of_a_dictionary_of_yours_may_be_numbers():
-    for answer in ("1,000", "A", "A. 1000"):
+    for answer in ("1,000", "A", "A. 1000"):  # a dictionary of yours may hold numbers
         assert is_correct(f"<answer>{answer}</answer>", {"answer": 1000, "choices": [1000, 4]}), answer
 
 
@@ -297,21 +253,22 @@ def test_choices_that_are_letters_are_numbered():
 def test_the_reward_uses_this_very_check():
     import reward
 
-    assert reward.is_correct is grader.is_correct and reward.extract_answer is extract_answer
+    assert reward.is_correct is grader.is_correct and reward.extract_answer is grader.extract_answer
 
 
-@pytest.mark.parametrize(
-    ("row", "message"),
-    [
-        *[({"answer": answer}, "nothing that could be compared") for answer in ("...", '""', "\u200b", "$.$")],
-        ({"answer": "1", "answer_type": "numeric"}, "answer_type is 'numeric'; write one of text, yes_no, number"),
-        ({"answer": "1", "answer_type": 3}, "answer_type is 3; write one of"),
-        ({"answer": "maybe", "answer_type": "yes_no"}, "answer 'maybe' has answer_type yes_no; write yes or no"),
-        ({"answer": "3 or 4", "answer_type": "number"}, "answer '3 or 4' has answer_type number; write one number"),
-        ({"answer": "AB", "answer_type": "letter"}, "answer 'AB' has answer_type letter; write one letter"),
-        ({"answer": "A", "choices": ["x", "y"], "answer_type": "text"}, "given beside choices"),
-    ],
-)
-def test_an_answer_type_that_does_not_fit_is_named(row, message, tmp_path):
-    with pytest.raises(DataError, match=message):
-        check_row({"image": "a.png", "question": "?"} | row, DataFolder(tmp_path))
+UNFIT = [  # answer, answer_type, choices, words in the message
+    *[(answer, None, None, "nothing that could be compared") for answer in ("...", '""', "\u200b", "$.$")],
+    ("1", "numeric", None, "answer_type is 'numeric'; write one of text, yes_no, number"),
+    ("1", 3, None, "answer_type is 3; write one of"),
+    ("maybe", "yes_no", None, "answer 'maybe' has answer_type yes_no; write yes or no"),
+    ("3 or 4", "number", None, "answer '3 or 4' has answer_type number; write one number"),
+    ("AB", "letter", None, "answer 'AB' has answer_type letter; write one letter"),
+    ("A", "text", ["x", "y"], "given beside choices"),
+]
+
+
+@pytest.mark.parametrize(("answer", "answer_type", "choices", "words"), UNFIT)
+def test_an_answer_type_that_does_not_fit_is_named(answer, answer_type, choices, words, tmp_path):
+    row = {"image": "a.png", "question": "?", "answer": answer, "answer_type": answer_type, "choices": choices}
+    with pytest.raises(DataError, match=words):
+        check_row(row, DataFolder(tmp_path))

@@ -1,6 +1,7 @@
 """Every kind of picture becomes RGB, turned as a viewer shows it."""
 
 import io
+import re
 import struct
 import subprocess
 import sys
@@ -107,10 +108,11 @@ PICTURES = [  # kind, encoded picture, RGB of the pixels (0, 0), (1, 0), (2, 0),
 
 
 @pytest.mark.parametrize(("encoded", "colors", "tolerance"), [pytest.param(*case[1:], id=case[0]) for case in PICTURES])
-def test_every_kind_of_picture_becomes_rgb(tmp_path, encoded, colors, tolerance):
+def test_every_kind_of_picture_becomes_rgb(tmp_path, encoded, colors, tolerance, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     path = tmp_path / "picture"
     path.write_bytes(encoded)
-    for source in (path, str(path), encoded, {"bytes": encoded, "path": None}, {"bytes": None, "path": str(path)}):
+    for source in ("picture", path, encoded, {"bytes": encoded, "path": None}, {"bytes": None, "path": str(path)}):
         picture = load_picture(source)
         assert picture.mode == "RGB"
         seen = [picture.getpixel((x, 0)) for x in range(3)]
@@ -119,53 +121,39 @@ def test_every_kind_of_picture_becomes_rgb(tmp_path, encoded, colors, tolerance)
         assert measure_picture(source) == picture.size == (4, 4)
 
 
-def test_decoded_picture_is_copied_not_changed():
-    picture = Image.new("RGBA", (4, 4), (0, 0, 0, 0))
-    assert load_picture(picture).getpixel((0, 0)) == (255, 255, 255)
-    assert picture.mode == "RGBA"
-    original = Image.new("RGB", (4, 4))
-    load_picture(original).putpixel((0, 0), (9, 9, 9))
-    assert original.getpixel((0, 0)) == (0, 0, 0)
-
-
-def test_opened_picture_stays_open():
+def test_an_opened_picture_is_copied_and_stays_open():
+    for mode in ("RGB", "RGBA"):
+        original = Image.new(mode, (4, 4))
+        load_picture(original).putpixel((0, 0), (9, 9, 9))
+        assert original == Image.new(mode, (4, 4))
     with Image.open(io.BytesIO(animated("GIF"))) as picture:
         assert load_picture(picture).getpixel((0, 0)) == (0, 255, 0)
         picture.seek(1)
         assert load_picture(picture).getpixel((0, 0)) == (0, 0, 255)
 
 
-def test_relative_path_counts_from_the_working_directory(folder, monkeypatch):
-    monkeypatch.chdir(folder)
-    assert load_picture("a.png").size == (WIDTH, HEIGHT)
+FLOATS = Image.new("F", (4, 4), 0.5)
+UNLOADABLE = [
+    ("gone.png", "gone.png.*no such file"),
+    ({"bytes": b"nonsense", "path": None}, "in memory cannot be read: cannot identify"),
+    *[(image, f"picture {re.escape(repr(image))}.*path") for image in ({"bytes": None, "path": None}, "", None)],
+    *[(image, "floating-point.*8 or 16 bits") for image in (FLOATS, encode(FLOATS, "TIFF"))],
+]
 
 
-@pytest.mark.parametrize(
-    ("image", "words"),
-    [
-        ("gone.png", ["gone.png", "no such file"]),
-        ({"bytes": b"nonsense", "path": None}, ["in memory", "cannot be read", "cannot identify"]),
-        ({"bytes": None, "path": None}, ["picture {'bytes': None", "path"]),
-        ("", ["picture ''", "path"]),
-        (None, ["picture None", "path"]),
-        (Image.new("F", (4, 4)), ["floating-point", "8 or 16 bits"]),
-        (encode(Image.new("F", (4, 4), 0.5), "TIFF"), ["floating-point", "8 or 16 bits"]),
-    ],
-)
+@pytest.mark.parametrize(("image", "words"), UNLOADABLE)
 def test_picture_that_cannot_be_loaded(image, words):
-    with pytest.raises(DataError) as raised:
+    with pytest.raises(DataError, match=words):
         load_picture(image)
-    assert [word for word in words if word not in str(raised.value)] == []
 
 
+NOISE = Image.effect_noise((40, 30), 90)
 FILES = {
     "JPEG": encode(Image.effect_noise((161, 83), 90), "JPEG"),
     "progressive JPEG": encode(Image.effect_noise((161, 83), 90).convert("RGB"), "JPEG", progressive=True),
-    "PNG": encode(Image.effect_noise((40, 30), 90), "PNG"),
-    "GIF": encode(Image.effect_noise((40, 30), 90), "GIF"),
-    "WebP": encode(Image.effect_noise((40, 30), 90).convert("RGB"), "WEBP"),
-    "TIFF": encode(Image.effect_noise((40, 30), 90), "TIFF", compression="tiff_lzw"),
-}
+    "WebP": encode(NOISE.convert("RGB"), "WEBP"),
+    "TIFF": encode(NOISE, "TIFF", compression="tiff_lzw"),
+} | {kind: encode(NOISE, kind) for kind in ("PNG", "GIF")}
 
 
 def verdict(read, file: bytes) -> str:
@@ -214,12 +202,8 @@ def test_decompression_bomb_is_one_clear_error(tmp_path, side):
     """In a process of its own: pytest has its own filters of warnings."""
     (tmp_path / "bomb.png").write_bytes(png(side, side, 1))
     for read in ("load_picture", "measure_picture"):
-        code = (
-            f"from sayo.examples.pictures import DataError, {read} as read\n"
-            f"try: read({str(tmp_path / 'bomb.png')!r})\n"
-            "except DataError as error: print(error)"
-        )
+        code = f"from sayo.examples import pictures\ntry: pictures.{read}({str(tmp_path / 'bomb.png')!r})\n"
+        code += "except pictures.DataError as error: print(error)"
         run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
         assert run.stderr == ""
-        for words in ("bomb.png' is too large", str(side**2), str(MAX_PIXELS), "shrink"):
-            assert words in run.stdout, run.stdout
+        assert re.search(f"bomb.png' is too large: .*{side**2}.* shrink it to {MAX_PIXELS}", run.stdout), run.stdout

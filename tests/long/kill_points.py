@@ -9,7 +9,7 @@ to the last bit those of an undisturbed run of the same seed. Linux; exit code 1
     moment     SIGKILL from outside after a random time, to `accelerate launch train_rl.py` and its child
     STAGES     SIGKILL so many milliseconds after the n-th call of a function
     line       SIGKILL before the n-th line that is executed of the files that write: between any two of them
-    byte       the kernel ends the process when a file of a checkpoint grows beyond n bytes (RLIMIT_FSIZE, SIGXFSZ)
+    byte       the kernel ends the process when a file of an adapter grows beyond n bytes (RLIMIT_FSIZE, SIGXFSZ)
     damage     SIGKILL in a rollout, then the newest checkpoint is truncated, changed in one byte, robbed of a file or
                emptied
     SIGTERM, SIGINT    a clean stop from outside after a random time: the exit code must be 128 + signal
@@ -52,10 +52,10 @@ STAGES = {
     "reference": ("train_rl", "logprobs", 3, 10, 15),
     "update": ("train_rl", "group_statistics", 3, 10, 40),
     "optimizer": ("train_rl", "optimizer", 1, 4, 2),
-    "checkpoint": ("sayo.run.folder", "save_checkpoint", 1, 2, 20),
-    "adapter": ("sayo.run.folder", "save_final_adapter", 1, 1, 10),
+    "checkpoint": ("sayo.run.files", "save_checkpoint", 1, 2, 20),
+    "adapter": ("sayo.run.files", "save_final_adapter", 1, 1, 10),
     "curves": ("sayo.run.folder", "draw_curves", 1, 1, 300),
-    "after": ("evaluate", "before_and_after", 1, 1, 5),
+    "after": ("sayo.show.tables", "before_and_after", 1, 1, 5),
     "card": ("sayo.run.folder", "write_model_card", 1, 1, 20),
 }
 WRITERS = {str(ROOT / "sayo/run" / name) for name in ("files.py", "folder.py")}
@@ -97,18 +97,13 @@ def arm(kind: str, number: int, milliseconds: float) -> None:
 
         sys.settrace(trace)
     elif kind == "byte":
-        from sayo.run import files
 
-        save = files.save_adapter
+        def limit() -> None:
+            signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
+            resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+            resource.setrlimit(resource.RLIMIT_FSIZE, (number, resource.RLIM_INFINITY))
 
-        def limited(model, folder):
-            if folder.parent.name.startswith("step-"):
-                resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-                signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
-                resource.setrlimit(resource.RLIMIT_FSIZE, (number, resource.RLIM_INFINITY))
-            save(model, folder)
-
-        files.save_adapter = limited
+        on_call(MonkeyPatch(), import_module("sayo.run.files"), "save_adapter", 1, limit)
 
 
 def be_killed(kind: str, number: int, milliseconds: float, arguments: list[str]) -> None:
@@ -172,19 +167,15 @@ def damage_newest(folder: Path, rng: random.Random) -> None:
     checkpoints = sorted(path for path in folder.glob("checkpoints/step-*") if path.suffix != ".partial")
     if not checkpoints:
         return
-    newest = checkpoints[-1]
-    victim = rng.choice(sorted(path for path in newest.rglob("*") if path.is_file()))
-    how, content = rng.choice(("truncated", "changed", "missing", "emptied")), victim.read_bytes()
+    files = sorted(path for path in checkpoints[-1].rglob("*") if path.is_file())
+    victim, how = rng.choice(files), rng.choice(("truncated", "changed", "missing", "emptied"))
+    content = victim.read_bytes()
     place = rng.randrange(len(content))
-    if how == "truncated":
-        victim.write_bytes(content[:place])
-    elif how == "changed":
-        victim.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
-    elif how == "missing":
-        victim.unlink()
-    else:
-        shutil.rmtree(newest)
-        newest.mkdir()
+    for path in {"missing": [victim], "emptied": files}.get(how, []):
+        path.unlink()
+    if how in ("truncated", "changed"):
+        rest = bytes([content[place] ^ 1]) + content[place + 1 :]
+        victim.write_bytes(content[:place] + rest * (how == "changed"))
 
 
 def finish(folder: Path, seed: int, log: Path) -> float:
@@ -210,7 +201,6 @@ def main() -> None:
     order, expected, seconds = [], {}, 0.0
     for seed in range(options.seeds):
         folder = base / f"undisturbed-{seed}" / "run"
-        folder.parent.mkdir()
         seconds = finish(folder, seed, base / "undisturbed.log")
         expected[seed] = what_it_left(folder)
         print(f"seed {seed}: undisturbed in {seconds:.0f} s, {len(expected[seed])} files", flush=True)
@@ -219,7 +209,6 @@ def main() -> None:
         if ended.total() >= options.kills:
             break
         seed, folder, log = number % options.seeds, base / str(number) / "run", base / f"{number}.log"
-        folder.parent.mkdir()
         while len(order) < options.kills_per_run:
             order += rng.sample(options.kinds, len(options.kinds))
         chosen, order = order[: options.kills_per_run], order[options.kills_per_run :]

@@ -72,15 +72,10 @@ def _outcome(process, run: Path, expected: str) -> str:
 def deaths(folder: Path) -> None:
     print("| in the second process | exit code | seconds until the run had ended | what was said |")
     print("|---|---|---|---|")
-    for name, expected in (
-        ("raise", "RuntimeError: this process fails"),
-        ("mistake", "process 1: this process has a problem"),
-        ("exit", "exitcode  : 7"),
-        ("kill", "Signal 9 (SIGKILL)"),
-        ("same_mistake", "every process has this problem"),
-        ("drift", "after step 2 the processes [1] have other weights than process 0"),
-        ("hang", "Timed out"),
-    ):
+    said = {"raise": "RuntimeError: this process fails", "mistake": "process 1: this process has a problem"}
+    said |= {"exit": "exitcode  : 7", "kill": "Signal 9 (SIGKILL)", "same_mistake": "every process has this problem"}
+    said |= {"drift": "after step 2 the processes [1] have other weights than process 0", "hang": "Timed out"}
+    for name, expected in said.items():
         run = folder / name
         print(f"| {name} | {_outcome(launch(name, run, eval_limit=1, save_steps=1), run, expected)} |", flush=True)
     for name in ("raise", "kill", "hang"):
@@ -104,14 +99,11 @@ def shares(folder: Path) -> None:
     settings = {"model": model, "max_steps": 3, "save_steps": 3, "eval_limit": 3, "max_new_tokens": 48}
     print("| | bytes of weights in a process | of the whole | seconds of sampling | of reference and update |")
     print("|---|---|---|---|---|")
-    runs = {}
-    for name, scenario, launcher in (
-        ("every process a copy", "shares", ("--num_processes", "2")),
-        ("shares, gathered in every forward", "shares", FSDP),
-        ("shares, gathered once before sampling", "shares", (*FSDP, "--fsdp_reshard_after_forward", "false")),
-    ):
-        runs[name] = run = folder / name.replace(" ", "-")
-        succeeded(launch(scenario, run, launcher=launcher, dtype="float32", **settings), 900)
+    launchers = {"every process a copy": ("--num_processes", "2"), "shares, gathered in every forward": FSDP}
+    launchers["shares, gathered once before sampling"] = (*FSDP, "--fsdp_reshard_after_forward", "false")
+    runs = {name: folder / name.replace(" ", "-") for name in launchers}
+    for name, run in runs.items():
+        succeeded(launch("shares", run, launcher=launchers[name], dtype="float32", **settings), 900)
         rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()][1:]
         stages = ("rollout", "reference", "update")
         times = [sum(row[f"time/{stage}_seconds"] for row in rows) / len(rows) for stage in stages]

@@ -10,16 +10,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import FAMILIES, adapted, ragged_completions
+from conftest import FAMILIES, adapted
 from huggingface_hub import ModelCard
+from oracle import encoded, logps, plain_logprobs
 from peft import PeftConfig, PeftModel
-from test_vlm import plain_logprobs
 from transformers import AutoModelForImageTextToText, AutoProcessor, BitsAndBytesConfig
 
 import train_rl
 from evaluate import METRICS
 from rollout import sample_group
-from sayo.model.forward import group_logprobs
 from sayo.model.loading import load_policy
 from sayo.model.prompts import encode_prompt
 from sayo.run.card import place, write_model_card
@@ -31,11 +30,6 @@ from tools.merge import MergeConfig
 from train_rl import Config
 
 ABSOLUTE = re.compile(r"""(?:^|[\s"'`(=\[|])(/\w[\w./-]*|[A-Z]:\\)""", re.MULTILINE)
-
-
-def logps(model, prompt, completions):
-    with torch.no_grad():
-        return torch.cat(group_logprobs(model, prompt, completions))
 
 
 @pytest.fixture
@@ -55,35 +49,25 @@ def test_dropout_that_an_adapter_brings_along_is_out_of_what_is_scored(saved, mo
     path = tmp_path / "adapter" / "adapter_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"lora_dropout": 0.5}))
     loaded, _ = load_policy(model_folders["qwen3_vl"], adapter=flags["adapter"], lora_rank=4, dtype="float32")
-    prompt, completions = encode_prompt(processor, examples[0]), ragged_completions(processor)
+    prompt, completions = encoded(processor, examples[0])
     expected = logps(model, prompt, completions)
     for training in (False, True):
         assert torch.equal(logps(loaded.train(training), prompt, completions), expected)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_an_adapter_loads_with_plain_peft_and_says_the_same(model_folders, examples, tmp_path, family):
-    model, processor = adapted(model_folders[family], scale=0.05)
+@pytest.mark.parametrize(("family", "in_4bit"), [*((family, False) for family in FAMILIES), ("qwen3_vl", True)])
+def test_an_adapter_loads_with_plain_peft_and_says_the_same(model_folders, examples, tmp_path, family, in_4bit):
+    model, processor = adapted(model_folders[family], scale=0.05, load_in_4bit=in_4bit)
     save_adapter(model, tmp_path)
-    base = AutoModelForImageTextToText.from_pretrained(PeftConfig.from_pretrained(tmp_path).base_model_name_or_path)
-    plain = PeftModel.from_pretrained(base, str(tmp_path)).eval()
-    prompt, completions = encode_prompt(processor, examples[0]), ragged_completions(processor)
-    found = torch.cat([plain_logprobs(plain, prompt, completion) for completion in completions])
-    torch.testing.assert_close(found, logps(model, prompt, completions), atol=1e-5, rtol=0)
-
-
-def test_a_four_bit_adapter_loads_with_plain_peft_on_a_four_bit_base(examples, tmp_path):
-    model, processor = adapted("data/tiny_policy", scale=0.05, load_in_4bit=True)
-    save_adapter(model, tmp_path)
-    named = PeftConfig.from_pretrained(tmp_path).base_model_name_or_path
     nf4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
-    bits = BitsAndBytesConfig(**nf4, llm_int8_skip_modules=["model.visual", "lm_head"])
+    bits = BitsAndBytesConfig(**nf4, llm_int8_skip_modules=["model.visual", "lm_head"]) if in_4bit else None
+    named = PeftConfig.from_pretrained(tmp_path).base_model_name_or_path
     base = AutoModelForImageTextToText.from_pretrained(named, quantization_config=bits, device_map="cpu")
     # In eval mode bitsandbytes computes in bfloat16 on newer CPUs.
-    plain = PeftModel.from_pretrained(base, str(tmp_path)).train()
-    prompt, (completion,) = encode_prompt(processor, examples[0]), ragged_completions(processor, (9,))
-    found = plain_logprobs(plain, prompt, completion)
-    torch.testing.assert_close(found, logps(model, prompt, [completion]), atol=1e-4, rtol=0)
+    plain = PeftModel.from_pretrained(base, str(tmp_path)).train(in_4bit)
+    prompt, completions = encoded(processor, examples[0])
+    found = torch.cat([plain_logprobs(plain, prompt, completion) for completion in completions])
+    torch.testing.assert_close(found, logps(model, prompt, completions), atol=1e-4 if in_4bit else 1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("load_in_4bit", [False, True])
@@ -154,7 +138,7 @@ def card_of(folder, columns, skipped=0.0, num_evaluated=0, **settings) -> str:
     config = replace(Config(output_dir=str(folder)), **settings)
     (folder / "adapter").mkdir(exist_ok=True)
     (folder / "metrics.jsonl").write_text(json.dumps({"step": 1, "skipped_updates": skipped}) + "\n")
-    write_model_card(folder, config, columns, config.eval_data, num_evaluated, 20)
+    write_model_card(folder, config, columns, num_evaluated, 20)
     return (folder / "adapter" / "README.md").read_text()
 
 
@@ -175,17 +159,10 @@ def test_a_card_without_evaluation_or_attention_reward_says_so(tmp_path):
     assert "made no evaluation" in text and "without a system turn" in text and "model-index" not in text
 
 
-AS_THEY_ARE = ("Qwen/Qwen3-VL-4B-Instruct", "scenes:heldout", "data/tiny_policy", "mine.jsonl")
-PLACES = [
-    ("/home/me/mine.jsonl", "mine.jsonl"),
-    ("../mine.jsonl", "mine.jsonl"),
-    *((name, name) for name in AS_THEY_ARE),
-]
-
-
-@pytest.mark.parametrize(("value", "expected"), PLACES)
-def test_places_are_named_without_the_machine(value, expected):
-    assert place(value) == expected
+def test_places_are_named_without_the_machine():
+    assert place("/home/me/mine.jsonl") == place("../mine.jsonl") == "mine.jsonl"
+    for name in ("Qwen/Qwen3-VL-4B-Instruct", "scenes:heldout", "data/tiny_policy", "mine.jsonl"):
+        assert place(name) == name
 
 
 # --- merging -----------------------------------------------------------------------------------------------------
@@ -200,7 +177,7 @@ def test_merged_and_adapter_say_the_same_in_float32(model_folders, examples, tmp
     merged, its_processor = load_policy(str(output), lora_rank=0)
     assert type(its_processor) is type(processor) and not isinstance(merged, PeftModel)
     for example in examples[:2]:
-        prompt, completions = encode_prompt(its_processor, example), ragged_completions(processor)
+        prompt, completions = encoded(its_processor, example)
         assert torch.equal(prompt.input_ids, encode_prompt(processor, example).input_ids)
         expected = logps(model, prompt, completions)
         # Log-probs of -14 are themselves rounded to 1e-6.
@@ -223,7 +200,7 @@ def test_merged_and_adapter_agree_in_bfloat16_within_its_rounding(saved, model_f
     merged, _ = load_policy(flags["output"], lora_rank=0)
     model, _ = load_policy(model_folders["qwen3_vl"], adapter=flags["adapter"], lora_rank=0, dtype="bfloat16")
     assert merged.dtype == torch.bfloat16
-    prompt, completions = encode_prompt(processor, examples[0]), ragged_completions(processor)
+    prompt, completions = encoded(processor, examples[0])
     expected = logps(exact, prompt, completions)
     errors = [(logps(policy, prompt, completions) - expected).abs().mean() for policy in (merged, model)]
     assert errors[0] < 2 * errors[1] < 0.2  # against float32 the merged weights are about as good as the adapter
@@ -236,7 +213,7 @@ def test_merging_into_four_bit_weights_would_change_what_the_model_says(model_fo
     merge.main(MergeConfig(adapter=str(tmp_path / "adapter"), output=str(tmp_path / "merged")))
     full, _ = load_policy(model_folders["qwen3_vl"], adapter=str(tmp_path / "adapter"), lora_rank=0, dtype="float32")
     merged, _ = load_policy(str(tmp_path / "merged"), lora_rank=0)
-    prompt, completions = encode_prompt(processor, examples[0]), ragged_completions(processor)
+    prompt, completions = encoded(processor, examples[0])
     in_full = (logps(merged, prompt, completions) - logps(full, prompt, completions)).abs().mean()
     before = logps(model, prompt, completions)
     with model.disable_adapter():

@@ -13,8 +13,8 @@ from accelerate import Accelerator
 from conftest import FAMILIES, LAYOUTS, PACKED, adapted, ragged_completions
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from oracle import boxes_in, encoded, logps, plain_logprobs
 from PIL import Image
-from test_vlm import plain_logprobs
 
 from rollout import group_generator, sample_groups
 from sayo.model import families, sampling
@@ -26,13 +26,8 @@ from train_rl import Config, TrainState, train_step
 
 ATTENTION_OUTPUT = ("attn.proj", "attn.out_proj", "attention.projection_layer")
 # Side of a token's cell, and (columns, rows) of tokens, where a picture of whole cells is not resized.
-CELLS = {
-    "qwen3_vl": (32, 5, 3),
-    "qwen2_5_vl": (28, 5, 3),
-    "qwen3_5": (32, 5, 3),
-    "internvl": (28, 9, 6),
-    "smolvlm": (16, 12, 8),
-}
+CELLS = {"qwen3_vl": (32, 5, 3), "qwen2_5_vl": (28, 5, 3), "qwen3_5": (32, 5, 3)}
+CELLS |= {"internvl": (28, 9, 6), "smolvlm": (16, 12, 8)}
 TILE = {"internvl": 3, "smolvlm": 4}  # tokens along the side of a tile
 
 
@@ -44,11 +39,8 @@ def towers(model_folders):
     def load(family):
         model, processor = load_policy(model_folders[family], lora_rank=0, dtype="float32")
         language = {*model.model.get_decoder().modules()}
-        outputs = [
-            module
-            for name, module in model.named_modules()
-            if name.endswith(ATTENTION_OUTPUT) and module not in language
-        ]
+        vision = {name: module for name, module in model.named_modules() if module not in language}
+        outputs = [module for name, module in vision.items() if name.endswith(ATTENTION_OUTPUT)]
         config = model.config.vision_config
         assert len(outputs) == (getattr(config, "depth", None) or config.num_hidden_layers)
         for module in outputs:
@@ -142,12 +134,8 @@ def test_coverage_is_what_the_tower_sees_at_many_sizes(towers, family, size):
 def test_coverage_is_what_the_tower_sees_of_any_pictures(towers, family, data):
     sizes, boxes = [], []
     for _ in range(data.draw(st.integers(1, 3))):
-        width, height = data.draw(st.integers(2, 260)), data.draw(st.integers(2, 260))
-        sizes.append((width, height))
-        boxes.append([])
-        for _ in range(data.draw(st.integers(0, 2))):
-            x, y = data.draw(st.integers(0, width - 1)), data.draw(st.integers(0, height - 1))
-            boxes[-1].append((x, y, data.draw(st.integers(x + 1, width)), data.draw(st.integers(y + 1, height))))
+        sizes.append((data.draw(st.integers(2, 260)), data.draw(st.integers(2, 260))))
+        boxes.append(data.draw(boxes_in(*sizes[-1], most=2)))
     check_against_tower(towers(family), sizes, boxes)
 
 
@@ -193,13 +181,13 @@ def test_several_pictures_in_one_prompt(policies, examples, family, layout):
     model, processor = policies[family]
     first, second = examples[0], examples[3]
     example = {"images": [first["image"], second["image"]], "question": "?", "boxes": [[], second["boxes"]]}
-    prompt, completions = encode_prompt(processor, example), ragged_completions(processor)
+    prompt, completions = encoded(processor, example)
     num_first = len(encode_prompt(processor, first).image_token_index)
     assert prompt.coverage[:num_first].sum() == 0
     torch.testing.assert_close(prompt.coverage[num_first:], encode_prompt(processor, second).coverage)
-    found = group_logprobs(model, prompt, completions, layout=layout)
     expected = [plain_logprobs(model, prompt, completion) for completion in completions]
-    torch.testing.assert_close(torch.cat(found), torch.cat(expected), atol=1e-5, rtol=0)
+    found = logps(model, prompt, completions, layout=layout)
+    torch.testing.assert_close(found, torch.cat(expected), atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("family", PACKED)
@@ -232,20 +220,18 @@ def test_one_update_changes_the_adapter_and_nothing_else_and_it_comes_back(model
     different = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
     assert different == {name for name in before if "lora_" in name}
 
-    prompt, completions = encode_prompt(processor, examples[0]), ragged_completions(processor)
+    group = encoded(processor, examples[0])
     model.save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
     again, _ = load_policy(model_folders[family], adapter=str(tmp_path / "adapter"), lora_rank=0, dtype="float32")
     plain, _ = load_policy(model_folders[family], lora_rank=0, dtype="float32")
     with torch.no_grad():
-        expected = token_statistics(model, prompt, completions)
-        found = token_statistics(again, prompt, completions)
-        with again.disable_adapter():
-            off = group_logprobs(again, prompt, completions)
-        base = group_logprobs(plain, prompt, completions)
+        expected, found = (token_statistics(one, *group) for one in (model, again))
+    base = logps(plain, *group)
     assert torch.equal(torch.cat(found.logps), torch.cat(expected.logps))
     assert torch.equal(torch.cat(found.target_attention), torch.cat(expected.target_attention))
-    assert torch.equal(torch.cat(off), torch.cat(base))
-    assert not torch.allclose(torch.cat(base), torch.cat(expected.logps))
+    with again.disable_adapter():
+        assert torch.equal(logps(again, *group), base)
+    assert not torch.allclose(base, torch.cat(expected.logps))
     assert vision_is_frozen(again) and not vision_is_frozen(plain)
 
 

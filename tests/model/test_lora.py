@@ -1,15 +1,13 @@
 """LoRA's part added in place, against PEFT's own arithmetic with the same adapter."""
 
-from contextlib import nullcontext
-
 import pytest
 import torch
-from conftest import adapted, ragged_completions
+from conftest import adapted
+from oracle import distances, encoded, logps, logps_and_gradients
 
-from sayo.model.forward import group_logprobs
+from sayo.model.forward import group_logprobs, set_checkpointing
 from sayo.model.loading import load_policy
 from sayo.model.lora import AddedLora, add_in_place
-from sayo.model.prompts import encode_prompt
 
 
 def lora_layers(model):
@@ -21,13 +19,15 @@ def as_peft_has_it(model):
         layer.lora_variant, layer.cast_input_dtype_enabled = {}, True
 
 
-def logprobs_and_gradients(model, prompt, completions):
-    dtype = model.get_input_embeddings().weight.dtype
-    context = nullcontext() if dtype == torch.float32 else torch.autocast("cpu", dtype=dtype)
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    with context:
-        logps = torch.cat(group_logprobs(model, prompt, completions))
-    return logps.detach(), torch.autograd.grad(logps.sum(), parameters)
+@pytest.fixture
+def adapted_group(model_folders, examples):
+    """adapted_group(options of load_policy) -> (model, prompt, completions)."""
+
+    def make(**options):
+        model, processor = adapted(model_folders["qwen3_vl"], **options)
+        return model, *encoded(processor, examples[0])
+
+    return make
 
 
 CASES = {
@@ -41,71 +41,59 @@ CASES = {
 
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["", "checkpointing"])
 @pytest.mark.parametrize("case", CASES)
-def test_log_probs_and_gradients_are_those_of_peft(case, checkpointing, model_folders, examples):
-    model, processor = adapted(model_folders["qwen3_vl"], **CASES[case])
-    half = "dtype" in CASES[case]
-    if checkpointing:
-        model.train()
-        model.get_base_model().activation_checkpointing_enable({"use_reentrant": False})
-    prompt, completions = encode_prompt(processor, examples[0]), ragged_completions(processor)
+def test_log_probs_and_gradients_are_those_of_peft(case, checkpointing, adapted_group):
+    model, *group = adapted_group(**CASES[case])
+    set_checkpointing(model, checkpointing)
     assert len(lora_layers(model)) > 7
-    found = logprobs_and_gradients(model, prompt, completions)
+    found = logps_and_gradients(model, *group)
     as_peft_has_it(model)
-    expected = logprobs_and_gradients(model, prompt, completions)
+    expected = logps_and_gradients(model, *group)
+    half = "dtype" in CASES[case]
     tolerance = {"atol": 0.05, "rtol": 0.05} if half else {"atol": 2e-5, "rtol": 1e-4}
     torch.testing.assert_close(found[0], expected[0], **tolerance)
-    assert all(one.dtype == torch.float32 for one in (*found[1], *expected[1]))
-    ours, theirs = (torch.cat([part.flatten() for part in parts]) for parts in (found[1], expected[1]))
-    assert (ours - theirs).norm() <= (0.1 if half else 1e-4) * theirs.norm()
+    assert found[1].dtype == expected[1].dtype == torch.float32
+    assert distances(found, expected)[1] <= (0.1 if half else 1e-4)
 
 
-def test_half_precision_gradients_are_as_near_to_the_exact_ones_as_those_of_peft(model_folders, examples):
+def test_half_precision_gradients_are_as_near_to_the_exact_ones_as_those_of_peft(adapted_group):
     """A tolerance against PEFT's bfloat16 says little, since both round: against float32, ours must not be worse."""
-
-    def gradients(dtype, of_peft=False):
-        model, processor = adapted(model_folders["qwen3_vl"], dtype=dtype)
+    found = []
+    for dtype, of_peft in (("float32", False), ("bfloat16", False), ("bfloat16", True)):
+        model, *group = adapted_group(dtype=dtype)
         if of_peft:
             as_peft_has_it(model)
-        prompt, completions = encode_prompt(processor, examples[0]), ragged_completions(processor)
-        return torch.cat([part.flatten() for part in logprobs_and_gradients(model, prompt, completions)[1]])
-
-    exact = gradients("float32")
-    ours, theirs = gradients("bfloat16"), gradients("bfloat16", of_peft=True)
+        found.append(logps_and_gradients(model, *group)[1])
+    exact, ours, theirs = found
     assert 0 < (ours - exact).norm() < 1.1 * (theirs - exact).norm() < 0.2 * exact.norm()
 
 
-def test_merging_gives_what_the_adapter_gives_and_can_be_undone(model_folders, examples):
-    model, processor = adapted(model_folders["qwen3_vl"])
-    prompt, completions = encode_prompt(processor, examples[0]), ragged_completions(processor)
-    with torch.no_grad():
-        expected = torch.cat(group_logprobs(model, prompt, completions))
-        with model.disable_adapter():
-            assert (torch.cat(group_logprobs(model, prompt, completions)) - expected).abs().max() > 1e-4
-        for safe_merge in (False, True):
-            model.merge_adapter(safe_merge=safe_merge)
-            torch.testing.assert_close(torch.cat(group_logprobs(model, prompt, completions)), expected)
-            model.unmerge_adapter()
-            torch.testing.assert_close(torch.cat(group_logprobs(model, prompt, completions)), expected)
+def test_merging_gives_what_the_adapter_gives_and_can_be_undone(adapted_group):
+    model, *group = adapted_group()
+    expected = logps(model, *group)
+    with model.disable_adapter():
+        assert (logps(model, *group) - expected).abs().max() > 1e-4
+    for safe_merge in (False, True):
+        model.merge_adapter(safe_merge=safe_merge)
+        torch.testing.assert_close(logps(model, *group), expected)
+        model.unmerge_adapter()
+        torch.testing.assert_close(logps(model, *group), expected)
 
 
-def test_fewer_and_smaller_tensors_are_kept_for_the_backward_pass(model_folders, examples):
+def test_fewer_and_smaller_tensors_are_kept_for_the_backward_pass(adapted_group):
     """In half precision PEFT keeps a copy of x for every layer that reads it; here they share the one of the model."""
-    model, processor = adapted(model_folders["qwen3_vl"], dtype="bfloat16")
-    prompt, completions = encode_prompt(processor, examples[0]), ragged_completions(processor)
+    model, *group = adapted_group(dtype="bfloat16")
 
     def kept_bytes():
         kept = {}
 
         def pack(tensor):
-            kept[tensor.untyped_storage().data_ptr()] = tensor
+            kept.setdefault(tensor.untyped_storage().data_ptr(), tensor)
             return tensor
 
-        context = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
-        with context, torch.autocast("cpu", dtype=torch.bfloat16):
-            logps = torch.cat(group_logprobs(model, prompt, completions))
-            total = sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
-        del logps
-        return total
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            graph = group_logprobs(model, *group)
+        assert graph[0].requires_grad
+        return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
 
     ours = kept_bytes()
     as_peft_has_it(model)

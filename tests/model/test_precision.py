@@ -4,31 +4,21 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import FAMILIES, LAYOUTS, PACKED, adapted, ragged_completions
+from conftest import FAMILIES, LAYOUTS, PACKED, adapted
+from oracle import distances, encoded, logps, logps_and_gradients
 
 from reward import RewardConfig, score_group
 from rollout import sample_group, sample_groups
 from sayo.model import attention, loading
-from sayo.model.forward import group_logprobs, token_statistics
+from sayo.model.forward import group_logprobs, set_checkpointing, token_statistics
 from sayo.model.loading import choose_dtype, load_policy
-from sayo.model.prompts import base_model, encode_prompt
+from sayo.model.prompts import base_model
 from train_rl import LARGEST_EXPONENT, finite_exp, grpo_loss
 
 HALF = ("bfloat16", "float16")
 # Largest mean difference of log-probs, and of adapter gradients relative to their norm: about twice what was measured.
 TOLERANCE = {"float32": (1e-5, 1e-5), "bfloat16": (0.06, 0.05), "float16": (0.008, 0.008)}
-
-
-def logps_and_gradients(model, prompt, completions, layout=None):
-    model.zero_grad()
-    logps = torch.cat(group_logprobs(model, prompt, completions, layout=layout))
-    (logps * torch.linspace(-1, 2, len(logps))).sum().backward()
-    return logps.detach(), torch.cat([p.grad.flatten() for n, p in model.named_parameters() if "lora_" in n])
-
-
-def distances(found, expected):
-    """Mean difference of log-probs, relative difference of gradients."""
-    return (found[0] - expected[0]).abs().mean(), (found[1] - expected[1]).norm() / expected[1].norm()
+RECURRENT = {"qwen3_5": 10}  # its recurrence carries a rounding error from token to token
 
 
 @pytest.mark.parametrize(
@@ -106,7 +96,7 @@ def test_adapter_weights_are_float32_when_made_saved_and_loaded(model_folders, t
 def test_log_probs_entropies_and_attention_rows_are_float32_arithmetic(model_folders, examples, monkeypatch, dtype):
     """Attention rows against softmax in float64 of the very queries and keys; none of it was rounded to half."""
     model, processor = adapted(model_folders["qwen3_vl"], dtype=dtype)
-    prompt, completions = encode_prompt(processor, examples[0]), ragged_completions(processor)
+    prompt, completions = encoded(processor, examples[0])
     seen, read = {}, attention.AttentionProbe.read_packed
 
     def spy(self, layer, query, key, group, scaling):
@@ -142,25 +132,28 @@ def test_rewards_of_a_half_precision_policy_are_float32(model_folders, examples,
     assert all(values.isfinite().all() for values in scores.values())
 
 
-@pytest.mark.parametrize("load_in_4bit", [False, True], ids=["plain", "4bit"])
-@pytest.mark.parametrize("dtype", HALF)
+MODES = [(dtype, mode) for dtype in HALF for mode in ("plain", "4bit")]
+MODES += [("float32", "plain"), ("float32", "checkpointing")]
+
+
+@pytest.mark.parametrize(("dtype", "mode"), MODES)
 @pytest.mark.parametrize("family", PACKED)
-def test_packed_equals_padded_within_the_tolerance_of_the_dtype(model_folders, examples, family, dtype, load_in_4bit):
+def test_packed_equals_padded_within_the_tolerance_of_the_dtype(model_folders, examples, family, dtype, mode):
     """And where both stand in for float32, the packed layout is no further from it than the padded one."""
-    options = {"load_in_4bit": load_in_4bit}
+    options = {"load_in_4bit": mode == "4bit"}
     model, processor = adapted(model_folders[family], dtype=dtype, **options)
-    exact, _ = adapted(model_folders[family], dtype="float32", **options)
-    prompt, completions = encode_prompt(processor, examples[1]), ragged_completions(processor, (9, 3, 14, 1, 6))
-    packed, padded = (logps_and_gradients(model, prompt, completions, layout) for layout in ("packed", "padded"))
-    expected = logps_and_gradients(exact, prompt, completions)
-    pairs = {"packed, padded": (packed, padded), "packed, float32": (packed, expected)}
-    for name, pair in (pairs | {"padded, float32": (padded, expected)}).items():
-        print("{}: log-probs {:.1e}, gradients {:.1e}".format(name, *distances(*pair)))
-    assert packed[0].dtype == packed[1].dtype == torch.float32
+    set_checkpointing(model, mode == "checkpointing")
+    group = encoded(processor, examples[1], (9, 3, 14, 1, 6))
+    packed, padded = (logps_and_gradients(model, *group, layout=layout) for layout in ("packed", "padded"))
+    assert packed[0].dtype == packed[1].dtype == torch.float32 and padded[1].norm() > 0
     for distance, tolerance in zip(distances(packed, padded), TOLERANCE[dtype], strict=True):
         assert 0 < distance < tolerance
-    for distance, of_padded in zip(distances(packed, expected), distances(padded, expected), strict=True):
-        assert distance < 2 * of_padded
+    if dtype == "float32":
+        torch.testing.assert_close(packed[0], padded[0], atol=1e-5, rtol=0)
+    else:
+        exact = logps_and_gradients(adapted(model_folders[family], **options)[0], *group)
+        for distance, of_padded in zip(distances(packed, exact), distances(padded, exact), strict=True):
+            assert distance < 2 * of_padded
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
@@ -169,11 +162,9 @@ def test_eager_attention_under_an_additive_mask_is_close_to_float32(model_folder
     """A boolean mask would be silently wrong; a row of nothing but float16's lowest number added to scores is NaN."""
     model, processor = adapted(model_folders[family], dtype=dtype, attn="eager")
     exact, _ = adapted(model_folders[family], dtype="float32")
-    prompt, completions = encode_prompt(processor, examples[0]), ragged_completions(processor)
-    with torch.no_grad():
-        found, expected = (torch.cat(group_logprobs(m, prompt, completions, layout=layout)) for m in (model, exact))
-    scale = 10 if family == "qwen3_5" else 1  # its recurrence carries a rounding error from token to token
-    assert (found - expected).abs().mean() < scale * TOLERANCE[dtype][0]
+    group = encoded(processor, examples[0])
+    found, expected = (logps(policy, *group, layout=layout) for policy in (model, exact))
+    assert (found - expected).abs().mean() < RECURRENT.get(family, 1) * TOLERANCE[dtype][0]
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
@@ -184,20 +175,19 @@ def test_four_bit_gradients_after_sampling_are_those_of_the_dequantized_weights(
 
     model, processor = adapted(model_folders[family], load_in_4bit=True, dtype=dtype)
     dense, _ = adapted(model_folders[family], dtype=dtype)
-    prompt, completions = encode_prompt(processor, examples[0]), ragged_completions(processor)
+    group = encoded(processor, examples[0])
+    logps(model, *group)
     quantized = {name: m for name, m in model.named_modules() if name.endswith("base_layer")}
     wrapped = [module for module in base_model(model).model.get_decoder().modules() if hasattr(module, "lora_A")]
     assert len(quantized) == len(wrapped) > 0
     with torch.no_grad():
-        group_logprobs(model, prompt, completions)
         for name, module in dense.named_modules():
             if name in quantized:
                 weight = quantized[name].weight
                 module.weight.copy_(dequantize_4bit(weight.data, weight.quant_state).view_as(module.weight))
-    pair = [logps_and_gradients(policy, prompt, completions) for policy in (model, dense)]
-    scale = 10 if family == "qwen3_5" else 1
+    pair = [logps_and_gradients(policy, *group) for policy in (model, dense)]
     for distance, tolerance in zip(distances(*pair), TOLERANCE[dtype], strict=True):
-        assert distance < scale * tolerance
+        assert distance < RECURRENT.get(family, 1) * tolerance
 
 
 @pytest.mark.parametrize("load_in_4bit", [False, True], ids=["plain", "4bit"])

@@ -14,6 +14,7 @@ import torch
 import yaml
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
+from oracle import boxes_in
 from PIL import Image
 
 from data.check import CheckConfig
@@ -63,37 +64,30 @@ def any_groups(draw):
 @given(any_groups())
 def test_a_packed_row_is_every_prompt_once_and_its_completions_behind_it(groups):
     layout = packed_layout(Bare(), *zip(*groups, strict=True))
-    # Token by token, from the definition: (id, positions, whose it is, its segment)
-    row, segment = [], 0
+    # Token by token, from the definition: (id, positions, whose it is)
+    row = []
     for number, (prompt, completions) in enumerate(groups):
-        restart = prompt.position_ids.max().item() + 1
-        prompt_positions = prompt.position_ids.T.tolist()
-        row += [
-            (token, prompt_positions[place], (number, None)) for place, token in enumerate(prompt.input_ids.tolist())
-        ]
+        restart, places = prompt.position_ids.max().item() + 1, prompt.position_ids.T.tolist()
+        row += [(token, at, (number, None)) for token, at in zip(prompt.input_ids.tolist(), places, strict=True)]
         for which, completion in enumerate(completions):
             row += [(token, [restart + place] * 3, (number, which)) for place, token in enumerate(completion.tolist())]
-            segment += 1
     assert layout.input_ids.tolist() == [[token for token, *_ in row]]
     assert layout.position_ids[:, 0].T.tolist() == [positions for _, positions, _ in row]
 
     mask = dense_mask(layout.groups)[0, 0]
     for query, (*_, asking) in enumerate(row):
         for key, (*_, asked) in enumerate(row):
-            own = asked == asking
-            prompt_of_it = asked == (asking[0], None)
-            assert mask[query, key].item() == (key <= query and (own or prompt_of_it))
+            assert mask[query, key].item() == (key <= query and asked in (asking, (asking[0], None)))
 
     place_of = {token: place for place, (token, *_) in enumerate(row)}
     expected_ids = [token for _, completions in groups for completion in completions for token in completion.tolist()]
     assert layout.completion_ids.tolist() == expected_ids
     assert layout.token_rows.tolist() == [place_of[token] for token in expected_ids]
-    predicted_by = []
+    before = []
     for prompt, completions in groups:
         for completion in completions:
-            before = [prompt.input_ids[-1].item(), *completion.tolist()]
-            predicted_by += [place_of[token] for token in before[: len(completion)]]
-    assert layout.predict_rows.tolist() == predicted_by
+            before += [prompt.input_ids[-1].item(), *completion.tolist()][: len(completion)]
+    assert layout.predict_rows.tolist() == [place_of[token] for token in before]
 
 
 @given(any_groups())
@@ -102,44 +96,29 @@ def test_packed_and_padded_are_the_same_tokens_in_the_same_order(groups):
     packed, padded = packed_layout(Bare(), prompts, completions), padded_layout(Bare(), prompts, completions)
     assert packed.lengths == padded.lengths
     for name in ("token_rows", "predict_rows"):
-        found = []
-        for layout in (packed, padded):
-            rows = getattr(layout, name)
-            positions = layout.position_ids.flatten(1)[:, rows]
-            found.append((layout.input_ids.flatten()[rows].tolist(), positions.tolist()))
-        assert found[0] == found[1]
+        rows = [(layout, getattr(layout, name)) for layout in (packed, padded)]
+        assert torch.equal(*(layout.input_ids.flatten()[own] for layout, own in rows))
+        assert torch.equal(*(layout.position_ids.flatten(1)[:, own] for layout, own in rows))
     assert packed.completion_ids.tolist() == padded.completion_ids.tolist()
     # What a prompt's keys weigh does not depend on how it is laid out; completions and padding weigh nothing.
-    row = 0
-    for number, (prompt, group) in enumerate(groups):
-        start = sum(len(p.input_ids) + sum(map(len, c)) for p, c in groups[:number])
-        length = len(prompt.input_ids)
-        for completion in group:
-            torch.testing.assert_close(padded.key_weights[row, :length], packed.key_weights[0, start : start + length])
-            assert not padded.key_weights[row, length:].any()
-            assert padded.attention_mask[row].tolist()[: length + len(completion)] == [1] * (length + len(completion))
-            assert padded.attention_mask[row].sum() == length + len(completion)
-            row += 1
-        assert not packed.key_weights[0, start + length : start + length + sum(map(len, group))].any()
-        over_image = packed.key_weights[0, start : start + length, 1].sum().item()
-        assert over_image == pytest.approx(1 if len(prompt.image_token_index) else 0)
-        over_region = packed.key_weights[0, start : start + length, 0].sum().item()
-        assert over_region == pytest.approx(1 if prompt.coverage.sum() > 0 else 0, abs=1e-5)
+    rows, start = zip(padded.key_weights, padded.attention_mask, strict=True), 0
+    for prompt, group in groups:
+        length, end = len(prompt.input_ids), start + len(prompt.input_ids) + sum(map(len, group))
+        own, behind = packed.key_weights[0, start:end].split([length, end - start - length])
+        for completion, (weights, mask) in zip(group, rows, strict=False):
+            torch.testing.assert_close(weights[:length], own)
+            assert not weights[length:].any()
+            assert mask.tolist() == [1] * (length + len(completion)) + [0] * (len(mask) - length - len(completion))
+        assert not behind.any()
+        assert own[:, 1].sum().item() == pytest.approx(1 if len(prompt.image_token_index) else 0)
+        assert own[:, 0].sum().item() == pytest.approx(1 if prompt.coverage.sum() > 0 else 0, abs=1e-5)
+        start = end
 
 
 # --- coverage -----------------------------------------------------------------------------------------------------
 
 CELL = {"qwen3_vl": 32, "qwen2_5_vl": 28}  # pixels of a token's side: a patch of 16 or 14, merged 2 x 2
 GRIDS = st.tuples(st.integers(2, 6), st.integers(2, 6))  # tokens across and down; such a picture is not resized
-
-
-@st.composite
-def boxes_in(draw, width: int, height: int, most: int = 3):
-    boxes = []
-    for _ in range(draw(st.integers(0, most))):
-        x, y = draw(st.integers(0, width - 1)), draw(st.integers(0, height - 1))
-        boxes.append([x, y, draw(st.integers(x + 1, width)), draw(st.integers(y + 1, height))])
-    return boxes
 
 
 def exact(boxes, columns: int, rows: int, cell: int) -> np.ndarray:
@@ -235,16 +214,11 @@ PIECES = st.one_of(
 )  # fmt: skip
 TEXTS = st.lists(PIECES, max_size=14).map("".join)
 SAID = st.one_of(st.sampled_from(["red", "7", "A", "B", "yes"]), TEXTS)
+ANSWERS = st.sampled_from(["red", "7", "45%", "yes", "B", "[1, 2]", "1/2", "$3"]) | TEXTS.filter(str.strip)
+KINDS = {"answer_type": st.sampled_from([kind for kind in ANSWER_TYPES if kind != "math"])}
 EXAMPLES = st.one_of(
     st.fixed_dictionaries({"answer": st.sampled_from(["A", "B", "red", "7"]), "choices": st.just(["red", "7"])}),
-    st.fixed_dictionaries(
-        {
-            "answer": st.one_of(
-                st.sampled_from(["red", "7", "45%", "yes", "B", "[1, 2]", "1/2", "$3"]), TEXTS.filter(str.strip)
-            )
-        },
-        optional={"answer_type": st.sampled_from([kind for kind in ANSWER_TYPES if kind != "math"])},
-    ),
+    st.fixed_dictionaries({"answer": ANSWERS}, optional=KINDS),
 )
 
 
@@ -309,20 +283,10 @@ VALUES = st.recursive(
 )  # fmt: skip
 
 
-def typed_values(kind) -> st.SearchStrategy:
-    """Values of a field's type, so that whole files are valid often enough."""
-    found = {
-        int: st.integers(-2, 50),
-        float: st.floats(-1, 2),
-        bool: st.booleans(),
-        str: st.text("ab/.: -#'\"é\n", max_size=8),
-    }
-    for name, plain in found.items():
-        if kind == name:
-            return plain
-        if kind == name | None:
-            return st.one_of(st.none(), plain)
-    return VALUES
+# Values of a field's type, so that whole files are valid often enough.
+TYPED = {int: st.integers(-2, 50), float: st.floats(-1, 2), bool: st.booleans()}
+TYPED |= {str: st.text("ab/.: -#'\"é\n", max_size=8)}
+TYPED |= {kind | None: st.none() | values for kind, values in TYPED.items()}
 
 
 @st.composite
@@ -330,7 +294,7 @@ def any_settings(draw):
     config_class = draw(st.sampled_from(CONFIGS))
     kinds = get_type_hints(config_class)
     names = draw(st.lists(st.sampled_from(sorted(kinds)), max_size=4, unique=True))
-    chosen = {name: draw(st.one_of(typed_values(kinds[name]), VALUES)) for name in names}
+    chosen = {name: draw(TYPED.get(kinds[name], VALUES) | VALUES) for name in names}
     return config_class, chosen | draw(st.dictionaries(st.text(max_size=5), VALUES, max_size=1))
 
 
@@ -355,9 +319,7 @@ def test_any_fields_are_a_config_that_comes_back_from_yaml_or_an_error_that_name
                 assert found == yaml.safe_dump(value).split("\n")[0]  # as it was written
             elif isinstance(value, float) or isinstance(found, float):
                 assert found == float(value)
-            elif not isinstance(value, str) and not isinstance(value, list):
-                assert found == value
-            elif isinstance(found, str):
+            elif isinstance(found, str) or not isinstance(value, str | list):
                 assert found == value
         assert {entry.name for entry in fields(config)} == set(asdict(config))
         path.write_text(yaml.safe_dump(asdict(config), sort_keys=False), encoding="utf-8")

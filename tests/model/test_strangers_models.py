@@ -3,14 +3,16 @@
 import json
 import shutil
 import sys
+from functools import partial
 from pathlib import Path
+from unittest import mock
 
 import datasets
 import huggingface_hub
 import pytest
 import torch
 from conftest import GOOD, Opens
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
 from evaluate import EvaluateConfig
@@ -69,99 +71,89 @@ def adapter(policy, tmp_path) -> Path:
     return tmp_path / "adapter"
 
 
-@pytest.mark.parametrize("harmless", [True, False])
-def test_an_adapter_as_a_pickle_is_refused(model_folders, adapter, tmp_path, harmless):
-    as_pickle(adapter, "adapter_model.bin", None if harmless else tmp_path / "ran")
-    with pytest.raises(PolicyError, match="holds no adapter_model.safetensors.*Pickles .*convert them"):
-        load_policy(model_folders["qwen3_vl"], adapter=str(adapter))
-    assert not (tmp_path / "ran").exists()
+def with_settings(**settings):
+    return lambda path: path.write_text(json.dumps(json.loads(path.read_text()) | settings))
 
 
-OTHER_KINDS = [
-    {"megatron_config": {"a": 1}, "megatron_core": "this"},
-    {"peft_type": "PREFIX_TUNING"},
-    {"peft_type": None},
+def with_weights(change):
+    return lambda path: save_file(dict(change(*pair) for pair in load_file(path).items()), path)
+
+
+CONFIG, WEIGHTS = ADAPTER_FILES
+NO_WEIGHTS = "holds no adapter_model.safetensors.*Pickles .*convert them"
+DAMAGES = [  # file, what is done to it, words of the message
+    (WEIGHTS, lambda path: as_pickle(path.parent, "adapter_model.bin"), NO_WEIGHTS),
+    (WEIGHTS, lambda path: as_pickle(path.parent, "adapter_model.bin", path.parents[1] / "ran"), NO_WEIGHTS),
+    # With a megatron_config PEFT imports whatever module the file names.
+    (CONFIG, with_settings(megatron_config={"a": 1}, megatron_core="this"), "only LORA without the latter is read"),
+    (CONFIG, with_settings(peft_type="PREFIX_TUNING"), "only LORA without the latter is read"),
+    (CONFIG, with_settings(peft_type=None), "only LORA without the latter is read"),
+    *(
+        (CONFIG, partial(Path.write_text, data=text), "adapter_config.json is not a JSON object")
+        for text in ("", "[]", "[" * 100_000, "{", '{"peft_type": [')
+    ),
+    (WEIGHTS, partial(Path.write_bytes, data=b"\xff" * 100), "cannot be put on this model"),
+    # peft only warns when no key fits, and training would go on from an adapter that does nothing.
+    (WEIGHTS, with_weights(lambda key, value: (key.replace("layers", "blocks"), value)), "cannot be put on this model"),
+    (WEIGHTS, with_weights(lambda key, value: (key, torch.cat([value, value]))), "cannot be put on this model"),
 ]
 
 
-@pytest.mark.parametrize("change", OTHER_KINDS)
-def test_an_adapter_of_another_kind_is_refused(model_folders, adapter, change):
-    """With a megatron_config PEFT imports whatever module the file names."""
-    settings = json.loads((adapter / "adapter_config.json").read_text())
-    (adapter / "adapter_config.json").write_text(json.dumps(settings | change))
-    with pytest.raises(PolicyError, match="only LORA without the latter is read"):
+@pytest.mark.parametrize(("file", "damage", "words"), DAMAGES)
+def test_an_adapter_that_is_unsafe_or_does_not_fit_is_refused(model_folders, adapter, file, damage, words):
+    damage(adapter / file)
+    with pytest.raises(PolicyError, match=words):
         load_policy(model_folders["qwen3_vl"], adapter=str(adapter))
-    assert "this" not in sys.modules
-
-
-@pytest.mark.parametrize("text", ["", "[]", "[" * 100_000, "{", '{"peft_type": ['])
-def test_an_adapter_config_that_is_no_object_is_named(model_folders, adapter, text):
-    (adapter / "adapter_config.json").write_text(text)
-    with pytest.raises(PolicyError, match="adapter_config.json is not a JSON object"):
-        load_policy(model_folders["qwen3_vl"], adapter=str(adapter))
-
-
-def test_damaged_adapter_weights_are_named(model_folders, adapter):
-    (adapter / "adapter_model.safetensors").write_bytes(b"\xff" * 100)
-    with pytest.raises(PolicyError, match="cannot be put on this model"):
-        load_policy(model_folders["qwen3_vl"], adapter=str(adapter))
-
-
-def recorded(monkeypatch, owner, name: str, result, calls: list):
-    """Replace owner.name by a function that notes its arguments and gives `result` (or what it gives for them)."""
-    known = getattr(owner, name)
-
-    def call(*arguments, **options):
-        calls.append((name, arguments, options))
-        return result(known, *arguments, **options) if callable(result) else result
-
-    monkeypatch.setattr(owner, name, call)
+    assert "this" not in sys.modules and not (adapter.parent / "ran").exists()
 
 
 def test_a_revision_reaches_config_processor_and_weights(model_folders, monkeypatch):
-    calls, folder = [], model_folders["qwen3_vl"]
+    loaders, folder = [], model_folders["qwen3_vl"]
 
     def local(known, model, **options):
         return known(folder, **options | {"revision": None}) if model == "owner/policy" else known(model, **options)
 
     for owner in (AutoConfig, AutoProcessor, AutoModelForImageTextToText):
-        recorded(monkeypatch, owner, "from_pretrained", local, calls)
+        loaders.append(mock.Mock(side_effect=partial(local, owner.from_pretrained)))
+        monkeypatch.setattr(owner, "from_pretrained", loaders[-1])
     load_policy("owner/policy", revision="c0ffee", lora_rank=0)
-    asked = [options for _, (model,), options in calls if model == "owner/policy"]
-    assert [(options["revision"], options["trust_remote_code"]) for options in asked] == [("c0ffee", False)] * 3
-    assert asked[-1]["use_safetensors"] is True
+    for loader in loaders:
+        (options,) = [options for (model,), options in loader.call_args_list if model == "owner/policy"]
+        assert options["revision"] == "c0ffee" and options["trust_remote_code"] is False
+    assert options["use_safetensors"] is True
 
 
 @pytest.mark.parametrize(("given", "revision"), [("owner/adapter@c0ffee", "c0ffee"), ("owner/adapter", None)])
-def test_an_adapters_revision_is_its_own(model_folders, adapter, monkeypatch, given, revision):
-    calls, options = [], {"revision": revision, "allow_patterns": list(ADAPTER_FILES)}
-    recorded(monkeypatch, huggingface_hub, "snapshot_download", str(adapter), calls)
-    load_policy(model_folders["qwen3_vl"], adapter=given, revision="of the model")
-    assert calls == [("snapshot_download", ("owner/adapter",), options)]
+def test_an_adapters_revision_is_its_own(model_folders, adapter, given, revision):
+    with mock.patch.object(huggingface_hub, "snapshot_download", return_value=str(adapter)) as download:
+        load_policy(model_folders["qwen3_vl"], adapter=given, revision="of the model")
+    download.assert_called_once_with("owner/adapter", revision=revision, allow_patterns=list(ADAPTER_FILES))
 
 
 @pytest.mark.parametrize(("given", "revision"), [("owner/rows@c0ffee", "c0ffee"), ("owner/rows", None)])
-def test_the_revision_of_a_data_set(folder, monkeypatch, given, revision):
-    calls, picture = [], {"bytes": (folder / "a.png").read_bytes(), "path": None}
+def test_the_revision_of_a_data_set(folder, given, revision):
+    picture = {"bytes": (folder / "a.png").read_bytes(), "path": None}
     table = datasets.Dataset.from_list([GOOD | {"image": picture}])
-    recorded(monkeypatch, datasets, "load_dataset", table, calls)
-    assert len(load_examples(given, split="test")) == 1
-    assert calls == [("load_dataset", ("owner/rows",), {"split": "test", "revision": revision})]
+    with mock.patch.object(datasets, "load_dataset", return_value=table) as load:
+        assert len(load_examples(given, split="test")) == 1
+    load.assert_called_once_with("owner/rows", split="test", revision=revision)
 
 
 @pytest.mark.parametrize("given", ["owner/rows@", "owner/rows@a@b", "@c0ffee", "../rows@c0ffee"])
-def test_a_revision_that_is_none_is_no_hub_id(given, monkeypatch):
-    recorded(monkeypatch, datasets, "load_dataset", lambda *_, **__: pytest.fail("it was asked for"), [])
-    with pytest.raises(DataError, match="there is no such file or folder.*owner/name@revision"):
+def test_a_revision_that_is_none_is_no_hub_id(given):
+    words = "there is no such file or folder.*owner/name@revision"
+    with mock.patch.object(datasets, "load_dataset") as load, pytest.raises(DataError, match=words):
         load_examples(given)
+    load.assert_not_called()
 
 
-def test_the_revision_of_a_benchmark(monkeypatch):
-    calls, rows = [], {"index": [1], "question": ["Q? Options: A: x, B: y"], "image": [None], "answer": ["A"]}
-    recorded(monkeypatch, datasets, "load_dataset", datasets.Dataset.from_dict(rows), calls)
-    with pytest.raises(DataError, match="no picture"):
-        load_benchmark("mmstar", revision="c0ffee")
-    assert calls == [("load_dataset", ("Lin-Chen/MMStar",), {"split": "val", "revision": "c0ffee"})]
+def test_the_revision_of_a_benchmark():
+    rows = {"index": [1], "question": ["Q? Options: A: x, B: y"], "image": [None], "answer": ["A"]}
+    table = datasets.Dataset.from_dict(rows)
+    with mock.patch.object(datasets, "load_dataset", return_value=table) as load:
+        with pytest.raises(DataError, match="no picture"):
+            load_benchmark("mmstar", revision="c0ffee")
+    load.assert_called_once_with("Lin-Chen/MMStar", split="val", revision="c0ffee")
 
 
 @pytest.mark.parametrize("entry", ["mmstar=", "ai2d=x", "x"])

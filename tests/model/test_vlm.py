@@ -4,10 +4,9 @@ import json
 
 import pytest
 import torch
-from conftest import FAMILIES, LAYOUTS, PACKED, adapted, ragged_completions
-from safetensors.torch import load_file, save_file
+from conftest import FAMILIES, LAYOUTS, PACKED, ragged_completions
+from oracle import encoded, logps, plain_forward, plain_logits, plain_logprobs
 
-from sayo.examples.scenes.scenes import Scenes
 from sayo.model import forward as vlm
 from sayo.model.forward import evaluating, group_logprobs, resolve_layers, row_logprobs, token_statistics
 from sayo.model.loading import load_policy
@@ -16,58 +15,13 @@ from sayo.model.prompts import base_model, encode_prompt
 from sayo.model.sampling import eos_token_ids, suppressed_token_ids
 
 
-def plain_forward(model, prompt, completion, **options):
-    """transformers' forward of one prompt with one completion, in its own layout, positions and masks."""
-    input_ids = torch.cat([prompt.input_ids, completion])[None]
-    inputs = dict(prompt.model_inputs)
-    if "mm_token_type_ids" in inputs:
-        types = inputs["mm_token_type_ids"]
-        inputs["mm_token_type_ids"] = torch.cat([types, torch.zeros(1, len(completion), dtype=types.dtype)], dim=1)
-    base = base_model(model)
-    base.model.rope_deltas = None
-    return base(input_ids=input_ids, attention_mask=torch.ones_like(input_ids), **inputs, **options)
-
-
-@torch.no_grad()
-def plain_logits(model, prompt, completion):
-    """(n, V) logits of the rows that predict the completion."""
-    return plain_forward(model, prompt, completion).logits[0, len(prompt.input_ids) - 1 : -1]
-
-
-def plain_logprobs(model, prompt, completion, temperature: float = 1.0):
-    """(n,) log-probs of the completion."""
-    logits = plain_logits(model, prompt, completion) / temperature
-    return logits.log_softmax(-1).gather(-1, completion[:, None])[:, 0]
-
-
 @pytest.mark.parametrize(("family", "layout"), LAYOUTS)
 def test_logprobs_equal_the_plain_forward_of_each_completion(group_of, family, layout):
     model, _, prompt, completions = group_of(family)
     found = group_logprobs(model, prompt, completions, layout=layout, temperature=0.7)
-    assert [len(logps) for logps in found] == [7, 1, 12, 4]
-    for completion, logps in zip(completions, found, strict=True):
-        torch.testing.assert_close(logps, plain_logprobs(model, prompt, completion, 0.7), atol=1e-5, rtol=0)
-
-
-@pytest.mark.parametrize("gradient_checkpointing", [False, True])
-@pytest.mark.parametrize("family", PACKED)
-def test_packed_and_padded_have_the_same_gradients(model_folders, examples, family, gradient_checkpointing):
-    model, processor = adapted(model_folders[family])
-    if gradient_checkpointing:
-        base_model(model).activation_checkpointing_enable({"use_reentrant": False})
-        model.train()
-    prompt, completions = encode_prompt(processor, examples[1]), ragged_completions(processor, (9, 3, 14, 1, 6))
-    weights = [torch.linspace(-1, 2, len(completion)) for completion in completions]
-    gradients, values = {}, {}
-    for layout in ("packed", "padded"):
-        model.zero_grad()
-        logps = group_logprobs(model, prompt, completions, layout=layout)
-        sum((logp * weight).sum() for logp, weight in zip(logps, weights, strict=True)).backward()
-        values[layout] = torch.cat(logps).detach()
-        gradients[layout] = torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad])
-    torch.testing.assert_close(values["packed"], values["padded"], atol=1e-5, rtol=0)
-    difference = (gradients["packed"] - gradients["padded"]).norm() / gradients["padded"].norm()
-    assert gradients["padded"].norm() > 0 and difference < 1e-4
+    assert [len(part) for part in found] == [7, 1, 12, 4]
+    expected = [plain_logprobs(model, prompt, completion, 0.7) for completion in completions]
+    torch.testing.assert_close(torch.cat(found), torch.cat(expected), atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("query", ["token", "predictor"])
@@ -77,7 +31,7 @@ def test_packed_and_padded_have_the_same_gradients(model_folders, examples, fami
 def test_attention_rows_equal_eager_output_attentions(model_folders, examples, family, layers, query):
     probed, processor = load_policy(model_folders[family], lora_rank=0, dtype="float32")
     eager, _ = load_policy(model_folders[family], lora_rank=0, dtype="float32", attn="eager")
-    prompt, completions = encode_prompt(processor, examples[2]), ragged_completions(processor)
+    prompt, completions = encoded(processor, examples[2])
     weights = prompt.coverage / prompt.coverage.sum()
     for layout in [layout for name, layout in LAYOUTS if name == family]:
         found = token_statistics(probed, prompt, completions, layers=layers, query=query, layout=layout)
@@ -117,16 +71,12 @@ def test_several_groups_in_one_sequence_do_not_see_each_other(policy, examples):
 def test_stale_rope_deltas_of_generate_do_not_move_positions(policy, examples):
     """transformers keeps rope_deltas on the model between calls; positions must not depend on what ran before."""
     model, processor = policy
-    prompt, completions = encode_prompt(processor, examples[0]), ragged_completions(processor)
-    with torch.no_grad():
-        base_model(model).model.rope_deltas = None
-        before = torch.cat(group_logprobs(model, prompt, completions))
-        other = encode_prompt(processor, examples[5])
-        options = {"max_new_tokens": 3, "do_sample": False}
-        base_model(model).generate(input_ids=other.input_ids[None], **other.model_inputs, **options)
-        assert base_model(model).model.rope_deltas is not None
-        after = torch.cat(group_logprobs(model, encode_prompt(processor, examples[0]), completions))
-    assert torch.equal(before, after)
+    base, other = base_model(model), encode_prompt(processor, examples[5])
+    base.model.rope_deltas = None
+    before = logps(model, *encoded(processor, examples[0]))
+    base.generate(input_ids=other.input_ids[None], **other.model_inputs, max_new_tokens=3, do_sample=False)
+    assert base.model.rope_deltas is not None
+    assert torch.equal(before, logps(model, *encoded(processor, examples[0])))
 
 
 def test_row_chunks_change_neither_values_nor_gradients(monkeypatch):
@@ -153,11 +103,11 @@ def test_frozen_vision_runs_once_per_prompt_and_trained_vision_every_time(model_
         inner = base_model(model).model
         original = inner.get_image_features
         monkeypatch.setattr(inner, "get_image_features", lambda *a, _f=original, **k: calls.append(1) or _f(*a, **k))
-        prompt, completions = encode_prompt(processor, examples[0]), ragged_completions(processor)
+        group = encoded(processor, examples[0])
         calls.clear()
-        group_logprobs(model, prompt, completions)
-        token_statistics(model, prompt, completions)
-        sum(logp.sum() for logp in group_logprobs(model, prompt, completions)).backward()
+        group_logprobs(model, *group)
+        token_statistics(model, *group)
+        torch.cat(group_logprobs(model, *group)).sum().backward()
         assert len(calls) == expected
         trained = [name for name, p in model.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0]
         assert any("visual" in name for name in trained) is (targets == "all-linear")
@@ -253,12 +203,6 @@ def test_attention_needs_the_probed_kernel_and_a_known_query(model_folders, grou
             token_statistics(policy, prompt, completions, **options)
 
 
-def test_scenes_prompts_fit_the_embedded_policy(policy):
-    model, processor = policy
-    lengths = [len(encode_prompt(processor, example).input_ids) for example in Scenes("train", 8)]
-    assert max(lengths) < base_model(model).config.get_text_config().max_position_embeddings / 2
-
-
 def test_kept_picture_features_belong_to_the_model_that_made_them(policies, model_folders, examples):
     """A prompt that had been through one model gave its features to the next one."""
     _, processor = policies["qwen3_vl"]
@@ -266,21 +210,6 @@ def test_kept_picture_features_belong_to_the_model_that_made_them(policies, mode
     with torch.no_grad():
         for parameter in base_model(other).model.visual.parameters():
             parameter.mul_(1.5)
-    prompt, completions = encode_prompt(processor, examples[0]), ragged_completions(processor)
-    with torch.no_grad():
-        group_logprobs(policies["qwen3_vl"][0], prompt, completions)
-        shared = torch.cat(group_logprobs(other, prompt, completions))
-        fresh = torch.cat(group_logprobs(other, encode_prompt(processor, examples[0]), completions))
-    assert torch.equal(shared, fresh)
-
-
-def test_an_adapter_of_another_model_is_refused(policy, tmp_path, model_folders):
-    """peft only warns when no key fits, and training would go on from an adapter that does nothing."""
-    policy[0].save_pretrained(tmp_path, save_embedding_layers=False)
-    path = tmp_path / "adapter_model.safetensors"
-    weights = load_file(path)
-    renamed = {name.replace("layers", "blocks"): weight for name, weight in weights.items()}
-    for changed in (renamed, {name: torch.cat([weight, weight]) for name, weight in weights.items()}):
-        save_file(changed, path)
-        with pytest.raises(ValueError, match="cannot be put on this model"):
-            load_policy(model_folders["qwen3_vl"], adapter=str(tmp_path))
+    group = encoded(processor, examples[0])
+    logps(policies["qwen3_vl"][0], *group)
+    assert torch.equal(logps(other, *group), logps(other, *encoded(processor, examples[0])))

@@ -13,7 +13,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import small_run
 import torch
+from conftest import write_jsonl
 from resumed_runs import SMALL, Killed, assert_equal, compare, copy_until, die, on_call, run, update_json
 
 import evaluate
@@ -23,8 +25,6 @@ from sayo.run import folder as run_folder
 from sayo.run.files import drop_old, keep_steps_until, save_checkpoint, whole_checkpoint
 from sayo.settings import ConfigError, read_jsonl, stored_config
 from train_rl import Config
-
-# --- checkpoints --------------------------------------------------------------------------------------------------
 
 
 def truncate(path: Path) -> None:
@@ -61,14 +61,11 @@ def empty(path: Path, by_file: bool = False) -> None:
 def test_a_damaged_checkpoint_is_named_skipped_and_the_one_before_is_used(undisturbed, tmp_path, name, harm, problem):
     folder = copy_until(undisturbed, tmp_path / "run", 3)
     harm(folder / "checkpoints" / "step-000003" / name)
-    newest, passed_over = whole_checkpoint(folder)
-    assert newest.name == "step-000002" and len(passed_over) == 1
-    assert re.search(f"step-.* is skipped: .*{problem}", passed_over[0]), passed_over
+    newest, (passed_over,) = whole_checkpoint(folder)
+    assert newest.name == "step-000002" and re.search(f"step-.* is skipped: .*{problem}", passed_over), passed_over
 
 
 class TinyModel:
-    """What save_checkpoint asks of a model."""
-
     def save_pretrained(self, place, save_embedding_layers):
         place.mkdir(parents=True)
         for name in ("README.md", "adapter_config.json", "adapter_model.safetensors"):
@@ -76,8 +73,7 @@ class TinyModel:
 
 
 def save(folder: Path, step: int) -> Path:
-    parts = {"optimizer": torch.optim.SGD([torch.nn.Parameter(torch.zeros(3))], lr=0.1)}
-    return save_checkpoint(folder, step, TinyModel(), parts)
+    return save_checkpoint(folder, step, TinyModel(), {"optimizer": torch.optim.SGD([torch.zeros(3)])})
 
 
 def names_of(folder: Path) -> list[str]:
@@ -85,7 +81,6 @@ def names_of(folder: Path) -> list[str]:
 
 
 def test_replacing_a_damaged_checkpoint_never_leaves_fewer_whole_ones(tmp_path, monkeypatch):
-    """The old one was deleted before the new one stood."""
     first = save(tmp_path, 1)
     inode = (first / "state.pt").stat().st_ino
     assert save(tmp_path, 1) == first and (first / "state.pt").stat().st_ino == inode
@@ -95,9 +90,8 @@ def test_replacing_a_damaged_checkpoint_never_leaves_fewer_whole_ones(tmp_path, 
 
     def watching(path, target):
         seen.append(whole_checkpoint(tmp_path)[0])
-        result = rename(path, target)
+        rename(path, target)
         seen.append(whole_checkpoint(tmp_path)[0])
-        return result
 
     monkeypatch.setattr(Path, "rename", watching)
     save(tmp_path, 2)
@@ -121,23 +115,19 @@ def test_only_the_oldest_checkpoints_go_and_never_the_newest(tmp_path):
     for step in (1, 2, 3, 1_000_000):
         newest = save(tmp_path, step)
     assert whole_checkpoint(tmp_path)[0] == newest  # by number, not by name
-    drop_old(tmp_path, newest, None)
-    assert len(names_of(tmp_path)) == 4
-    drop_old(tmp_path, newest, 2)
-    assert names_of(tmp_path) == ["step-000003", "step-1000000"]
-    drop_old(tmp_path, newest, 1)
-    assert names_of(tmp_path) == ["step-1000000"]
+    names = ["step-000001", "step-000002", "step-000003", "step-1000000"]
+    for limit, kept in ((None, names), (2, names[2:]), (1, names[3:])):
+        drop_old(tmp_path, newest, limit)
+        assert names_of(tmp_path) == kept
 
 
 def test_a_limit_of_checkpoints_changes_nothing_else(undisturbed, tmp_path):
     run(tmp_path / "run", save_total_limit=2)
-    assert names_of(tmp_path / "run") == ["step-000003", "step-000004"]
     missing = compare(undisturbed, tmp_path / "run")
-    # The card lists the limit.
-    assert {name.split("/")[1] for name in missing} == {"step-000001", "step-000002", "README.md"}
+    assert {name.split("/")[1] for name in missing} == {"step-000001", "step-000002", "README.md"}, "the card lists it"
 
 
-# --- disturbed and resumed ----------------------------------------------------------------------------------------
+nothing = Path.exists  # leaves the folder as it is
 
 
 def at(name: str, harm):
@@ -151,10 +141,6 @@ def write(name: str, text: str):
 def note(**values):
     """Change what run.json says the run was built from."""
     return lambda folder: update_json(folder / "run.json", **values)
-
-
-def nothing(folder: Path) -> None:
-    pass
 
 
 def newest_two(folder: Path) -> None:
@@ -172,10 +158,9 @@ def half_written(folder: Path) -> None:
         shutil.copytree(folder / "checkpoints/step-000002", folder / "checkpoints" / name)
 
 
-AS_WRITTEN = "from .*step-000002\n"
 NO_BEFORE = "from .*step-000004\n"
 DISTURBED = [
-    (2, half_written, {}, AS_WRITTEN, "killed while a checkpoint was written and another one replaced"),
+    (2, half_written, {}, "from .*step-000002\n", "killed while a checkpoint was written and another one replaced"),
     (3, newest_two, {}, "(?s)000003 is skipped: state.pt has.*000002 is skipped: manifest.*from .*000001\n", "damaged"),
     (1, the_only_one, {}, "(?s)state.pt is missing((?!ipynb).)*no whole checkpoint, so from step 0", "none is whole"),
     (2, note(versions={"torch": "1"}), {}, "versions: {'torch': '1'} then", "another version is only a warning"),
@@ -200,15 +185,12 @@ NOT_THAT = "then, .* now.*. The run would no longer be that"
 REFUSED = [
     (note(model="0123456789abcdef"), {}, f"model: 0123456789abcdef {NOT_THAT}"),
     (note(number_format="torch.bfloat16"), {}, f"number_format: torch.bfloat16 {NOT_THAT}"),
-    # A disconnected T4 that comes back as an L4: the message asked for what the next one refused.
     (note(number_format="torch.float16"), {}, "torch.float16 then, torch.float32 now, --dtype float16 is"),
-    # Settings of a run were read without the bounds that other YAML files have.
     (write("config.yaml", "max_steps: &a 3\nsave_steps: *a\n"), {}, "aliases"),
     (write("config.yaml", "learning_rat: 3\n"), {}, "did you mean learning_rate"),
     (at("config.yaml", Path.unlink), {}, "holds checkpoints, but no config.yaml"),
     (at("config.yaml", Path.unlink), {"resume": False}, "holds a run already"),
     (nothing, {"resume": False}, "holds a run already.*--resume"),
-    # config.yaml said what the resumed run did not use: the optimizer's state and the adapter win.
     (nothing, {"learning_rate": 0.1, "lora_rank": 4}, r"learning_rate was 0\.001, is 0\.1; lora_rank was 2, is 4"),
     (nothing, {"max_steps": 1}, "max_steps=1.*further already"),
 ]
@@ -225,19 +207,19 @@ def test_what_would_be_another_run_is_refused(undisturbed, tmp_path, harm, setti
 @pytest.mark.parametrize(
     ("place", "name", "call"),
     [
-        (run_folder, "write_whole", 1),  # config.yaml
-        (run_folder, "write_whole", 2),  # run.json
-        (run_folder, "keep_steps_until", 2),
+        (files, "write_whole", 1),  # config.yaml
+        (files, "write_whole", 2),  # run.json
+        (files, "keep_steps_until", 2),
         (evaluate, "write_whole", 1),  # evaluation_before.json
         (train_rl, "train_step", 3),
         (files, "put_in_place", 1),  # a row, but no checkpoint: neither resumed nor started again
         (files, "put_in_place", 2),
-        (run_folder, "drop_old", 2),
-        (run_folder, "save_final_adapter", 1),
+        (files, "drop_old", 2),
+        (files, "save_final_adapter", 1),
         (run_folder, "draw_curves", 1),
         (evaluate, "write_whole", 2),  # evaluation.json
         (run_folder, "write_model_card", 1),
-        (run_folder, "write_whole", 3),  # run.json: finished
+        (files, "write_whole", 3),  # run.json: finished
     ],
     ids=lambda value: str(getattr(value, "__name__", value)),
 )
@@ -251,7 +233,6 @@ def test_a_run_killed_in_between_ends_as_an_undisturbed_one(undisturbed, tmp_pat
 
 
 def test_a_process_killed_by_the_kernel_while_it_writes_a_checkpoint_goes_on(undisturbed, tmp_path):
-    """The real end of a real process, in the middle of state.pt of the first step."""
     arguments = [f"--{name}={value}" for name, value in (SMALL | {"output_dir": tmp_path / "run"}).items()]
     command = [sys.executable, "tests/long/kill_points.py", "--be_killed", "byte", "150000", "0", *arguments]
     result = subprocess.run(command, capture_output=True, text=True, timeout=300)
@@ -263,7 +244,6 @@ def test_a_process_killed_by_the_kernel_while_it_writes_a_checkpoint_goes_on(und
 
 
 def test_half_a_last_line_is_dropped_also_within_a_character(tmp_path):
-    """A line cut within a character was "not a text file", and the run could not be resumed."""
     path, whole = tmp_path / "rows.jsonl", '{"step": 1, "text": "größer"}\n'.encode()
     for end in range(len(whole), 2 * len(whole)):
         path.write_bytes((whole + whole)[:end])
@@ -276,7 +256,7 @@ def test_half_a_last_line_is_dropped_also_within_a_character(tmp_path):
 
 
 def test_the_run_that_others_are_compared_with_learns_something(undisturbed):
-    rows = [row for _, row in read_jsonl(undisturbed / "metrics.jsonl")]
+    rows = small_run.rows_of(undisturbed)
     assert [row["step"] for row in rows] == [1, 2, 3, 4] and all(row["grad_norm"] > 0 for row in rows)
     assert len({row["learning_rate"] for row in rows}) == 4
     assert stored_config(undisturbed / "config.yaml", Config) == Config(**SMALL, output_dir=str(undisturbed))
@@ -299,7 +279,6 @@ def test_a_finished_run_says_so_and_does_again_only_what_is_missing(undisturbed,
 
 
 def test_two_processes_do_not_write_in_one_folder(undisturbed, tmp_path, monkeypatch, capsys):
-    """A launcher that is killed leaves its child at work, and the next start went to work beside it."""
     folder = copy_until(undisturbed, tmp_path / "run", 2)
     code = "import filelock, sys; lock = filelock.FileLock(sys.argv[1]).acquire(); print(flush=True); sys.stdin.read()"
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
@@ -327,29 +306,11 @@ def test_an_evaluation_before_that_is_lost_is_reported(undisturbed, tmp_path, ca
     assert list(json.loads((folder / "evaluation.json").read_text())["summary"]) == ["after"]
 
 
-# --- settings and examples ----------------------------------------------------------------------------------------
-
-
-def test_skipped_steps_are_counted_over_a_stop(tmp_path, monkeypatch):
-    """The count began at 0 again with each start, so that a run which is restarted over and over never ended."""
-    step = train_rl.train_step
-
-    def skipping(*arguments):
-        metrics, sample = step(*arguments)
-        return metrics | {"skipped_updates": 1.0}, sample
-
-    monkeypatch.setattr(train_rl, "train_step", skipping)
-    settings = {"max_skipped_steps": 3, "eval_limit": 1}
-    run(tmp_path / "run", **settings, max_steps=2)
-    with pytest.raises(ConfigError, match="the last one step 3"):
-        run(tmp_path / "run", **settings, resume=True)
-
-
 def test_a_finished_run_goes_on_to_more_steps_with_the_beta_that_kl_gave_it(tmp_path, capsys):
     whole, resumed = (tmp_path / name / "run" for name in ("whole", "resumed"))  # the card has the folder's name
     settings = {"kl_target": 1e-6, "beta": 1e-3, "lr_scheduler": "constant", "eval_limit": 1}
     run(whole, **settings)
-    betas = [row["beta"] for _, row in read_jsonl(whole / "metrics.jsonl")]
+    betas = [row["beta"] for row in small_run.rows_of(whole)]
     assert betas[2:] == [2e-3, 4e-3], "doubled after step 3, whose checkpoint must say so"
     run(resumed, **settings, max_steps=3)
     capsys.readouterr()
@@ -364,10 +325,9 @@ def some_rows(folder, count=6, **changed) -> str:
     rows = []
     for index, scene in enumerate(train_rl.load_examples("scenes", limit=count)):
         scene["image"].save(folder / f"{index}.png")
-        row = {"image": f"{index}.png", **{name: scene[name] for name in ("question", "answer", "boxes")}}
+        row = {name: scene[name] for name in ("question", "answer", "boxes")} | {"image": f"{index}.png"}
         rows.append(row | (changed if index == 3 else {}))
-    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return str(folder / "rows.jsonl")
+    return write_jsonl(folder, *rows)
 
 
 def test_other_data_under_the_same_name_is_noticed_and_moved_data_is_not_other_data(tmp_path):
@@ -375,17 +335,14 @@ def test_other_data_under_the_same_name_is_noticed_and_moved_data_is_not_other_d
     settings = {"limit": None, "data": data, "eval_data": eval_data}
     run(tmp_path / "run", max_steps=2, **settings)
 
-    def other_picture():
-        some_rows(tmp_path / "data")
-        shutil.copyfile(tmp_path / "data/1.png", tmp_path / "data/0.png")
-
-    changes = ({"answer": "seven"}, {"question": "What?"}, {"boxes": [[0, 0, 5, 5]]}, {"count": 5}, None)
-    for change in changes:
-        some_rows(tmp_path / "data", **change) if change else other_picture()
-        count = (change or {}).get("count", 6)
-        with pytest.raises(ConfigError, match=rf"data='.*rows\.jsonl': 6, SHA-256 .* then, {count}, SHA-256 .* now"):
+    for change in ({"answer": "seven"}, {"question": "What?"}, {"boxes": [[0, 0, 5, 5]]}, {"count": 5}, {}):
+        some_rows(tmp_path / "data", **change)
+        if not change:
+            shutil.copyfile(tmp_path / "data/1.png", tmp_path / "data/0.png")
+        count = change.get("count", 6)
+        with pytest.raises(ConfigError, match=rf"data='.*train\.jsonl': 6, SHA-256 .* then, {count}, SHA-256 .* now"):
             run(tmp_path / "run", max_steps=3, resume=True, **settings)
     some_rows(tmp_path / "eval", 2, answer="x")
     settings["data"] = some_rows(tmp_path / "moved")
     run(tmp_path / "run", max_steps=3, resume=True, **settings)
-    assert len(read_jsonl(tmp_path / "run/metrics.jsonl")) == 3
+    assert len(small_run.rows_of(tmp_path / "run")) == 3

@@ -26,14 +26,9 @@ def ctrl_c_is_heeded():
     signal.signal(signal.SIGINT, former)
 
 
-@pytest.mark.parametrize(
-    ("place", "name", "after", "step"),
-    [
-        pytest.param(train_rl, "sample_groups", False, 1, id="before its update a step is abandoned"),
-        pytest.param(torch.optim.AdamW, "step", True, 2, id="after its update a step is finished"),
-    ],
-)
-def test_a_signal_in_the_second_step(undisturbed, tmp_path, monkeypatch, capfd, place, name, after, step):
+@pytest.mark.parametrize("after", [False, True], ids=["before its update, abandoned", "after its update, finished"])
+def test_a_signal_in_the_second_step(undisturbed, tmp_path, monkeypatch, capfd, after):
+    place, name, step = (torch.optim.AdamW, "step", 2) if after else (train_rl, "sample_groups", 1)
     folder = tmp_path / "run"
     monkeypatch.setattr(sys, "argv", ["train_rl.py", "--seed=0"])
     with monkeypatch.context() as patch, pytest.raises(Stopped) as stopped:
@@ -73,13 +68,8 @@ def test_what_nohup_ignores_stays_ignored_and_other_threads_set_no_handlers():
             assert signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL
     finally:
         signal.signal(signal.SIGHUP, former)
-
-    def elsewhere():
-        with StopSignals():
-            return "no error"
-
     with ThreadPoolExecutor() as pool:
-        assert pool.submit(elsewhere).result() == "no error"
+        assert pool.submit(StopSignals().__enter__).result()
 
 
 @pytest.mark.parametrize(

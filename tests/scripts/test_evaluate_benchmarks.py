@@ -10,14 +10,13 @@ from pathlib import Path
 
 import pytest
 from benchmark_folders import BUILDERS, build_vstar
-from conftest import randomize_adapter, write_jsonl
+from conftest import write_jsonl
 from PIL import Image
 from resumed_runs import Killed, die, on_call
 
 import evaluate
 from evaluate import EvaluateConfig
 from sayo.model.families import PolicyError
-from sayo.model.loading import load_policy
 from sayo.settings import ConfigError, read_config
 
 FAST = {"max_new_tokens": 8, "system_prompt": ""}
@@ -29,14 +28,6 @@ def benchmark_root(tmp_path) -> Path:
     for name in ("vstar", "chartqa", "mathvision"):
         BUILDERS[name](tmp_path / "root" / name)
     return tmp_path / "root"
-
-
-@pytest.fixture(scope="module")
-def adapter(model_folders, tmp_path_factory) -> str:
-    folder = tmp_path_factory.mktemp("adapter")
-    model, _ = load_policy(model_folders["qwen3_vl"], lora_rank=2)
-    randomize_adapter(model, scale=0.3).save_pretrained(folder, save_embedding_layers=False)
-    return str(folder)
 
 
 @pytest.fixture
@@ -52,23 +43,23 @@ def lines(path: Path) -> list[dict]:
 
 @pytest.fixture
 def counted(monkeypatch):
-    """The ids of the examples that sample_groups is asked for, one list for each call."""
-    calls, sample_groups = [], evaluate.sample_groups
+    """The ids of the examples that sample_groups is asked for."""
+    ids, sample_groups = [], evaluate.sample_groups
 
     def counting(model, processor, examples, **options):
-        calls.append([example["id"] for example in examples])
+        ids.extend(example["id"] for example in examples)
         return sample_groups(model, processor, examples, **options)
 
     monkeypatch.setattr(evaluate, "sample_groups", counting)
-    return calls
+    return ids
 
 
-def test_three_benchmarks_with_an_adapter(benchmark_root, tmp_path, adapter, capsys):
-    flags = f"--benchmarks vstar chartqa mathvision --benchmark_root {benchmark_root} --adapter {adapter}"
+def test_three_benchmarks_with_an_adapter(benchmark_root, tmp_path, saved_adapter, capsys):
+    flags = f"--benchmarks vstar chartqa mathvision --benchmark_root {benchmark_root} --adapter {saved_adapter}"
     flags += f" --output_dir {tmp_path / 'out'} --json {tmp_path / 'all.json'} --max_new_tokens 8"
     evaluate.main(read_config(EvaluateConfig, flags.split()))
     result = json.loads((tmp_path / "out" / "results.json").read_text())
-    assert list(result["benchmarks"]) == ["vstar", "chartqa", "mathvision"] and result["adapter"] == adapter
+    assert list(result["benchmarks"]) == ["vstar", "chartqa", "mathvision"] and result["adapter"] == saved_adapter
     everything = json.loads((tmp_path / "all.json").read_text())
     for name, found in result["benchmarks"].items():
         assert set(found["summary"]) == {"base", "adapter", "difference"} and "paper" not in found
@@ -93,7 +84,7 @@ def test_a_second_run_asks_nothing_and_needs_no_model(vstar, counted, monkeypatc
     assert "100% of the completions were cut off at max_new_tokens=1: give more" in first
     monkeypatch.setattr(evaluate, "load_policy", None)
     evaluate.main(replace(vstar, max_new_tokens=1))
-    assert capsys.readouterr().out == first and len(counted) == 1
+    assert capsys.readouterr().out == first and len(counted) == 2
 
 
 def long_config(tmp_path: Path, out: str, **more) -> EvaluateConfig:
@@ -106,17 +97,14 @@ def long_config(tmp_path: Path, out: str, **more) -> EvaluateConfig:
 @pytest.mark.parametrize("stop_at", [1, 2])
 def test_an_evaluation_that_was_stopped_goes_on(stop_at, tmp_path, counted, monkeypatch):
     evaluate.main(long_config(tmp_path, "undisturbed"))
-    undisturbed = [identifier for call in counted for identifier in call]
-    counted.clear()
-
+    assert counted == [str(n) for n in range(COUNT)]
     with monkeypatch.context() as patch, pytest.raises(Killed):
         on_call(patch, evaluate, "sample_groups", stop_at + 1, die)
         evaluate.main(long_config(tmp_path, "stopped"))
-    # A line that was being written when the power went is not there.
-    with (tmp_path / "stopped" / "vstar" / "base.jsonl").open("a") as file:
-        file.write('{"id": "39", "te')
+    with (tmp_path / "stopped/vstar/base.jsonl").open("a") as file:
+        file.write('{"id": "39", "te')  # a line that was being written when the power went
     evaluate.main(long_config(tmp_path, "stopped"))
-    assert [identifier for call in counted for identifier in call] == undisturbed == [str(n) for n in range(COUNT)]
+    assert counted == 2 * [str(n) for n in range(COUNT)]
     assert_same_files(tmp_path / "stopped", tmp_path / "undisturbed", "vstar/base.settings.json")
 
 
@@ -126,7 +114,6 @@ def assert_same_files(first: Path, second: Path, *more: str) -> None:
 
 
 def test_rows_of_another_commit_or_number_format_are_not_mixed(tmp_path, counted):
-    """A Hub model whose main had moved, or "auto" on another card, went on in the same file."""
     evaluate.main(long_config(tmp_path, "out"))
     path, note = tmp_path / "out/vstar/base.jsonl", tmp_path / "out/vstar/base.settings.json"
     first, whole = path.read_text().splitlines(keepends=True)[0], note.read_text()
@@ -142,10 +129,9 @@ def test_rows_of_another_commit_or_number_format_are_not_mixed(tmp_path, counted
 
 
 def test_an_evaluation_that_was_killed_goes_on(tmp_path, counted):
-    """SIGKILL of a real process: what it wrote stays, is not asked again, and the result is that of one run."""
     config = long_config(tmp_path, "killed")
-    command = [sys.executable, "evaluate.py", "--benchmarks", "vstar", "--benchmark_root", *config.benchmark_root]
-    command += ["--output_dir", config.output_dir, "--max_new_tokens", "8", "--system_prompt="]
+    flags = f"--benchmarks vstar --benchmark_root {config.benchmark_root[0]} --output_dir {config.output_dir}"
+    command = [sys.executable, "evaluate.py", *flags.split(), "--max_new_tokens=8", "--system_prompt="]
     path, deadline = tmp_path / "killed" / "vstar" / "base.jsonl", time.monotonic() + 240
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     while not (path.exists() and path.stat().st_size) and process.poll() is None and time.monotonic() < deadline:
@@ -155,20 +141,18 @@ def test_an_evaluation_that_was_killed_goes_on(tmp_path, counted):
     before = [row["id"] for row in lines(path)]
     assert 0 < len(before) < COUNT
     evaluate.main(config)
-    asked_again = [identifier for call in counted for identifier in call]
-    assert before + asked_again == [str(n) for n in range(COUNT)]
-
+    assert before + counted == [str(n) for n in range(COUNT)]
     evaluate.main(long_config(tmp_path, "undisturbed"))
     assert_same_files(tmp_path / "killed", tmp_path / "undisturbed")
 
 
-def test_changed_settings_are_refused_by_name(vstar, tmp_path, adapter):
+def test_changed_settings_are_refused_by_name(vstar, tmp_path, saved_adapter):
     evaluate.main(vstar)
     for name, value in {"max_new_tokens": 9, "system_prompt": "Look.", "top_fraction": 0.5, "max_pixels": 4096}.items():
         with pytest.raises(ConfigError, match=f"other settings: {name} was .*, is .*write elsewhere"):
             evaluate.main(replace(vstar, **{name: value}))
     # What an answer does not depend on may change, and the base's rows serve beside an adapter.
-    own = replace(vstar, adapter=str(shutil.copytree(adapter, tmp_path / "adapter")))
+    own = replace(vstar, adapter=str(shutil.copytree(saved_adapter, tmp_path / "adapter")))
     evaluate.main(replace(own, limit=1, sampling_tokens=1000))
     assert len(lines(tmp_path / "out" / "vstar" / "adapter.jsonl")) == 1
     # An adapter that was trained on under the same name is another one.
@@ -178,16 +162,13 @@ def test_changed_settings_are_refused_by_name(vstar, tmp_path, adapter):
 
 
 def test_changed_questions_boxes_and_pictures_are_refused(tmp_path):
-    """Rows with the TAS of former boxes were kept."""
     config = EvaluateConfig(data=str(tmp_path / "train.jsonl"), output_dir=str(tmp_path / "out"), **FAST)
 
     def write(box=(0, 0, 40, 40), size=(96, 96), question="?"):
-        rows = [{"id": name, "image": f"{name}.png", "question": "?", "answer": "1"} for name in "ab"]
-        rows[1]["question"] = question
-        rows[0]["boxes"], rows[1]["boxes"] = [[0, 0, 40, 40]], [box]
-        write_jsonl(tmp_path, *rows)
-        for name in "ab":
-            Image.new("RGB", size if name == "a" else (96, 96), "red").save(tmp_path / f"{name}.png")
+        rows = {"a": {"question": "?", "boxes": [[0, 0, 40, 40]]}, "b": {"question": question, "boxes": [box]}}
+        write_jsonl(tmp_path, *(row | {"answer": "1", "id": key, "image": f"{key}.png"} for key, row in rows.items()))
+        for name, shape in {"a": size, "b": (96, 96)}.items():
+            Image.new("RGB", shape, "red").save(tmp_path / f"{name}.png")
 
     write()
     evaluate.main(config)
@@ -199,24 +180,16 @@ def test_changed_questions_boxes_and_pictures_are_refused(tmp_path):
     evaluate.main(config)  # as before
 
 
-def test_a_start_that_failed_before_its_first_row_binds_nobody(tmp_path, monkeypatch):
-    """A mistyped model had its settings noted, and the corrected command was refused."""
-    config = EvaluateConfig(limit=1, output_dir=str(tmp_path / "out"), **FAST)
+def test_data_goes_on_too_and_a_start_that_failed_before_its_first_row_binds_nobody(tmp_path, counted):
+    config = EvaluateConfig(limit=3, output_dir=str(tmp_path / "out"), **FAST)
     with pytest.raises(PolicyError):
         evaluate.main(replace(config, model="no/such-model"))
     evaluate.main(config)
-    with pytest.raises(ConfigError, match="model was .*, is 'no/such-model'"):
-        evaluate.main(replace(config, model="no/such-model"))
-
-
-def test_data_goes_on_too_in_a_folder(tmp_path, counted):
-    config = EvaluateConfig(limit=3, output_dir=str(tmp_path / "out"), **FAST)
-    evaluate.main(config)
     evaluate.main(replace(config, limit=5))
-    assert [len(call) for call in counted] == [3, 2]
-    assert len(lines(tmp_path / "out" / "data" / "base.jsonl")) == 5
-    with pytest.raises(ConfigError, match="data was 'scenes:heldout', is 'scenes:validation'"):
-        evaluate.main(replace(config, data="scenes:validation"))
+    assert len(counted) == len(lines(tmp_path / "out" / "data" / "base.jsonl")) == 5
+    for name, value in {"data": "scenes:validation", "model": "no/such-model"}.items():
+        with pytest.raises(ConfigError, match=f"{name} was .*, is '{value}'"):
+            evaluate.main(replace(config, **{name: value}))
 
 
 def test_all_are_the_papers_nine_and_a_folder_is_named_after_the_model():

@@ -51,24 +51,19 @@ def run(tmp_path_factory):
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(ROOT / name, folder / name)
     notebook = nbformat.read(folder / FILE.name, as_version=4)
-    num_cells = len(notebook.cells)
     afterwards = {"train-again": f"STEPS = {STEPS + 1}\n" + CODE["train"], "fails": 'run("false")'}
     notebook.cells += [nbformat.v4.new_code_cell(source, id=name) for name, source in afterwards.items()]
     environment = {"SAYO_NOTEBOOK_EMBEDDED": "1", "HF_HUB_OFFLINE": "1", "PIP_NO_INDEX": "1", "HOME": str(content)}
     environment |= {"SAYO_NOTEBOOK_STEPS": str(STEPS), "SAYO_NOTEBOOK_TEST_QUESTIONS": str(TEST_QUESTIONS)}
     environment |= {"PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])}
     client = NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(content)}})
-    with client.setup_kernel(env=os.environ | environment):
-        for index, cell in enumerate(notebook.cells[:num_cells]):
+    with client.setup_kernel(env=os.environ | environment), pytest.raises(CellExecutionError) as stopped:
+        for index, cell in enumerate(notebook.cells):
+            if cell.id == "train-again":
+                shutil.copytree(folder / RUN, folder / "before")
             client.execute_cell(cell, index)
-        (folder / "before").mkdir()
-        for name in ("metrics.jsonl", "adapter/adapter_model.safetensors"):
-            shutil.copy(folder / RUN / name, folder / "before")
-        client.execute_cell(notebook.cells[num_cells], num_cells)
-        with pytest.raises(CellExecutionError) as stopped:
-            client.execute_cell(notebook.cells[num_cells + 1], num_cells + 1)
-    assert stopped.value.evalue == "this command failed, see its output above: false"
-    counts = [cell.execution_count for cell in notebook.cells[:num_cells] if cell.cell_type == "code"]
+    assert cell.id == "fails" and stopped.value.evalue == "this command failed, see its output above: false"
+    counts = [cell.execution_count for cell in notebook.cells if cell.id in CODE]
     assert counts == sorted(counts) and None not in counts and len(counts) == len(CODE)
     return folder, {cell.id: cell for cell in notebook.cells}
 
@@ -103,12 +98,12 @@ def test_the_sheet_shows_regions_and_the_plan_covers_the_longest_question(run):
     longest = int(re.search(r"largest prompt +(\d+) tokens", plan)[1])
     sampled = int(re.search(r"^ +prompt tokens \(200 prompts\) +min .*, max (\d+)$", sheet, re.MULTILINE)[1])
     assert sampled <= longest < sampled + 10
-    stages = [float(number) for number in re.search(r"^in all +(.*)$", plan, re.MULTILINE)[1].split()]
+    stages = re.search(r"^in all +(.*)$", plan, re.MULTILINE)[1].split()
     peak = re.search(r"^highest, in the [\w ]+? +([\d.]+) +of ([\d.]+)", plan, re.MULTILINE)
     highest, machine = map(float, peak.groups())
     left = float(re.search(r"^fits: ([\d.]+) GB are left$", plan, re.MULTILINE)[1])
-    assert re.search("^MB ", plan, re.MULTILINE)
-    assert max(stages) < highest < machine and 1000 * left == pytest.approx(machine - highest, abs=20)
+    assert re.search("^MB ", plan, re.MULTILINE) and max(map(float, stages)) < highest < machine
+    assert 1000 * left == pytest.approx(machine - highest, abs=20)
 
 
 def test_training_resumes_when_its_cell_runs_again(run):
@@ -116,8 +111,7 @@ def test_training_resumes_when_its_cell_runs_again(run):
     before, after = ((folder / name / "metrics.jsonl").read_text().splitlines() for name in ("before", RUN))
     assert after[:-1] == before  # with their times: the steps were not repeated
     assert [json.loads(line)["step"] for line in after] == list(range(1, STEPS + 2))
-    name = "adapter_model.safetensors"
-    former, weights = load_file(folder / "before" / name), load_file(folder / RUN / "adapter" / name)
+    former, weights = (load_file(folder / name / "adapter/adapter_model.safetensors") for name in ("before", RUN))
     assert all((former[name] != weights[name]).any() for name in weights)
     assert re.search(r"train: 100%\|\S+\| 1/1 \[", printed(cells["train-again"]))  # one more step, not all three
 
@@ -153,7 +147,8 @@ def test_the_table_and_the_kept_adapter_agree_with_the_rows_of_the_evaluation(ru
         assert float(means[name]) == pytest.approx(np.mean([row[name] for row in rows["base"]]), abs=6e-4)
     assert re.search(r"base +adapter +difference", printed(cells["evaluate"]))
     with zipfile.ZipFile(folder / "runs/adapter.zip") as archive:
-        assert archive.read("adapter_model.safetensors") == (folder / "before/adapter_model.safetensors").read_bytes()
+        name = "adapter_model.safetensors"
+        assert archive.read(name) == (folder / "before/adapter" / name).read_bytes()
         assert json.loads(archive.read("adapter_config.json"))["peft_type"] == "LORA"
     example, first = questions(folder / DATA, "test")[0], rows["adapter"][0]
     assert first["id"] == example["id"]
@@ -184,9 +179,9 @@ def shell(command: str, folder: Path | None = None) -> None:
 def colab(monkeypatch):
     """A stand-in for google.colab: the folders it mounts, and the files that a user chooses to upload."""
     calls = SimpleNamespace(mounted=[], chosen=[])
-    drive = SimpleNamespace(mount=calls.mounted.append)
-    files = SimpleNamespace(upload=lambda: dict.fromkeys(calls.chosen, b""))
-    monkeypatch.setitem(sys.modules, "google.colab", SimpleNamespace(drive=drive, files=files))
+    calls.drive = SimpleNamespace(mount=calls.mounted.append)
+    calls.files = SimpleNamespace(upload=lambda: dict.fromkeys(calls.chosen, b""))
+    monkeypatch.setitem(sys.modules, "google.colab", calls)
     return calls
 
 
@@ -194,8 +189,8 @@ def colab(monkeypatch):
 def test_the_code_comes_from_an_address_a_zip_file_or_a_folder(source, tmp_path, monkeypatch, colab):
     code, content, archives = tmp_path / "code/sayo-main", tmp_path / "content", []
     shutil.copytree(ROOT / "sayo", code / "sayo")
-    shutil.copy(ROOT / "train_rl.py", code)
-    (code / "requirements.txt").touch()
+    for name in ("train_rl.py", "requirements.txt"):
+        (code / name).touch()
     content.mkdir()
     monkeypatch.chdir(content)
     monkeypatch.setattr(shutil, "which", lambda name: None)
@@ -226,16 +221,15 @@ def test_with_drive_the_run_is_written_there(monkeypatch, colab):
 
 
 def test_the_charts_are_prepared_from_one_file_of_their_dataset(tmp_path, monkeypatch):
-    part = Path(build_refocus(tmp_path / "hub", num_plain=300)[0]) / "data/train-00000-of-00003.parquet"
+    part = Path(build_refocus(tmp_path / "hub", num_plain=300)[0]["data"]) / "data/train-00000-of-00003.parquet"
     asked = []
     monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda *names, **options: asked.append(names) or str(part))
     names = {"EMBEDDED": False, "DATA": tmp_path / "data", "TEST_QUESTIONS": 64, "Path": Path}
     exec(CODE["data"], names | {"run": lambda command: shell(command, ROOT)})
     assert asked == [("ReFocus/ReFocus_Data", "data/train-00002-of-00003.parquet")]
-    train, test = questions(tmp_path / "data", "train"), questions(tmp_path / "data", "test")
-    pictures = [{part.raw(index)["images"][0] for index in range(len(part))} for part in (train, test)]
+    train, test = (questions(tmp_path / "data", name) for name in ("train", "test"))
     assert len(test) == 64 and 0 < len(train) < 39  # 103 rows, of which the later ones show one and the same picture
-    assert not pictures[0] & pictures[1]
+    assert not set.intersection(*({part.raw(i)["images"][0] for i in range(len(part))} for part in (train, test)))
 
 
 def test_an_adapter_goes_to_the_hub_and_its_token_nowhere_else(tmp_path, monkeypatch, capsys):
@@ -258,18 +252,17 @@ def test_the_scripts_read_the_flags_for_a_t4(tmp_path, monkeypatch):
     Path("runs").mkdir()
     for name in ("sheet", "look"):
         shutil.copy(ROOT / "docs/check.png", f"runs/{name}.png")
-    commands: list[str] = []
+    commands, read = [], []
     data = {"TRAIN": Path("runs/train.jsonl"), "TEST": Path("runs/test.jsonl")}
     names = settings_with(EMBEDDED=False, STEPS=7) | data | {"run": commands.append}
     for name in ("sheet", "plan", "train", "look", "evaluate"):
         exec(CODE[name], names)
     scripts = {"train_rl.py": Config, "visualize.py": VisualizeConfig, "evaluate.py": EvaluateConfig}
-    read = []
     for command in commands:
         python, script, *flags = command.replace("-m data.check ", "data.check --data ").split()
-        read.append(read_config(scripts.get(script, CheckConfig), flags))
-        assert (python, read[-1].model) == ("python", "Qwen/Qwen3-VL-2B-Instruct")
-        assert (read[-1].load_in_4bit, read[-1].dtype, read[-1].max_pixels) == (True, "float16", read[0].max_pixels)
+        read.append(config := read_config(scripts.get(script, CheckConfig), flags))
+        assert (python, config.model, config.dtype) == ("python", "Qwen/Qwen3-VL-2B-Instruct", "float16")
+        assert config.load_in_4bit and config.max_pixels == read[0].max_pixels
     check, plan, train, look, evaluate = read
     assert (plan.plan, train.plan, train.max_steps, train.data) == (True, False, 7, check.data)
     assert look.data == evaluate.data == "runs/test.jsonl" and look.adapter == evaluate.adapter == f"{RUN}/adapter"
@@ -277,7 +270,6 @@ def test_the_scripts_read_the_flags_for_a_t4(tmp_path, monkeypatch):
 
 
 def test_the_file_is_valid_and_reads_as_a_diff():
-    """As nbformat.write writes it, without outputs, so that a change of a line is a change of a line."""
     nbformat.validate(NOTEBOOK)
     assert FILE.read_text(encoding="utf-8") == nbformat.writes(NOTEBOOK) + "\n"
     assert len({cell.id for cell in NOTEBOOK.cells}) == len(NOTEBOOK.cells)

@@ -2,7 +2,6 @@
 
 import gc
 import json
-import shutil
 from functools import partial
 
 import process_scenarios
@@ -37,36 +36,25 @@ def loaded(monkeypatch) -> list[tuple]:
     return found
 
 
-def set_scaler(monkeypatch, **options) -> None:
-    """Make the loss scale move in a few steps."""
-    monkeypatch.setattr(torch.amp, "GradScaler", partial(torch.amp.GradScaler, **options))
-
-
-def test_the_paged_optimizer_is_bitsandbytes_own_with_the_settings_of_the_run():
+def test_eight_bit_steps_are_those_of_adamw_within_the_rounding_of_its_state():
     import bitsandbytes
 
-    weight, settings = torch.nn.Parameter(torch.zeros(64, 128)), {"lr": 3e-4, "weight_decay": 0.02}
-    paged, plain = (make_optimizer(name, [weight], **settings) for name in ("paged_adamw_8bit", "adamw"))
-    assert type(paged) is bitsandbytes.optim.PagedAdamW8bit
-    assert paged.is_paged and paged.args.optim_bits == 8
-    for name in ("lr", "weight_decay", "betas", "eps"):
-        assert paged.param_groups[0][name] == plain.param_groups[0][name], name
-
-
-def test_eight_bit_steps_are_those_of_adamw_within_the_rounding_of_its_state():
-    paths = {}
+    found = []
     for name in ("adamw", "paged_adamw_8bit"):
         torch.manual_seed(0)
         weight, target = torch.nn.Parameter(torch.zeros(64, 128)), torch.randn(64, 128)
-        optimizer = make_optimizer(name, [weight], lr=1e-2, weight_decay=0.01)
+        optimizer = make_optimizer(name, [weight], lr=1e-2, weight_decay=0.02)
         for _ in range(60):
             (weight - target).square().mean().backward()
             optimizer.step()
             optimizer.zero_grad()
-        paths[name] = weight.detach()
-    assert optimizer.state[weight]["state1"].dtype == torch.uint8
-    difference = (paths["adamw"] - paths["paged_adamw_8bit"]).norm() / paths["adamw"].norm()
-    assert 0 < difference < 0.05
+        found.append((optimizer, weight.detach()))
+    (plain, expected), (paged, rounded) = found
+    assert 0 < (expected - rounded).norm() / expected.norm() < 0.05
+    assert type(paged) is bitsandbytes.optim.PagedAdamW8bit and paged.is_paged and paged.args.optim_bits == 8
+    assert paged.state[weight]["state1"].dtype == torch.uint8
+    for name in ("lr", "weight_decay", "betas", "eps"):
+        assert paged.param_groups[0][name] == plain.param_groups[0][name], name
 
 
 @pytest.mark.parametrize(
@@ -80,7 +68,7 @@ def test_eight_bit_steps_are_those_of_adamw_within_the_rounding_of_its_state():
 def test_a_run_trains_stops_resumes_saves_and_loads_to_the_bit(
     tmp_path, monkeypatch, loaded, model_folders, examples, dtype, load_in_4bit, settings
 ):
-    set_scaler(monkeypatch, init_scale=2.0**10, growth_interval=3)
+    monkeypatch.setattr(torch.amp, "GradScaler", partial(torch.amp.GradScaler, init_scale=1024.0, growth_interval=3))
     precision = {"dtype": dtype, "load_in_4bit": load_in_4bit}
     whole, stopped, settings = tmp_path / "whole", tmp_path / "stopped", settings | precision
     rows = run(whole, **settings)
@@ -91,9 +79,8 @@ def test_a_run_trains_stops_resumes_saves_and_loads_to_the_bit(
     assert all(weight.any() for name, weight in model.named_parameters() if "lora_B" in name)
     scales = [1024.0, 1024.0, 2048.0, 2048.0] if dtype == "float16" else [None] * 4
     assert [row.get("loss_scale") for row in rows] == scales
-    if settings.get("gradient_checkpointing"):
-        layers = base_model(model).model.language_model.layers
-        assert all(layer._gradient_checkpointing_func.keywords == {"use_reentrant": False} for layer in layers)
+    for layer in base_model(model).model.language_model.layers if "gradient_checkpointing" in settings else ():
+        assert layer._gradient_checkpointing_func.keywords == {"use_reentrant": False}
 
     with monkeypatch.context() as patch, pytest.raises(Killed):
         on_call(patch, train_rl, "train_step", 5, die)  # the first call rehearses: in step 4
@@ -103,7 +90,7 @@ def test_a_run_trains_stops_resumes_saves_and_loads_to_the_bit(
     states = [torch.load(folder / "checkpoints/step-000004/state.pt") for folder in (whole, stopped)]
     assert as_bytes(states[0]) == as_bytes(states[1])
     if "optimizer" in settings:
-        assert any(torch.uint8 in dtypes_of(entry) for entry in states[0]["optimizer"]["state"].values())
+        assert b"torch.uint8" in as_bytes(states[0]["optimizer"])
     if dtype == "float16":
         assert states[0]["scaler"]["scale"] == 2048.0 and states[0]["scaler"]["_growth_tracker"] == 1
 
@@ -115,15 +102,7 @@ def test_a_run_trains_stops_resumes_saves_and_loads_to_the_bit(
     assert torch.equal(found, expected)
 
 
-def dtypes_of(state: dict) -> set:
-    nested = [part.values() if isinstance(part, dict) else [part] for part in state.values()]
-    return {getattr(part, "dtype", None) for parts in nested for part in parts}
-
-
-def test_the_reference_is_the_quantized_base_with_the_adapter_off_and_no_second_copy(
-    tmp_path, monkeypatch, loaded, model_folders
-):
-    """Reference log-probs equal those of the quantized base alone, and every 4-bit layer there is is the policy's."""
+def test_the_reference_is_the_quantized_base_and_no_second_copy(tmp_path, monkeypatch, loaded, model_folders):
     from bitsandbytes.nn import Linear4bit
 
     options = {"lora_rank": 0, "dtype": "float16"}
@@ -150,12 +129,9 @@ def test_the_reference_is_the_quantized_base_with_the_adapter_off_and_no_second_
         assert not torch.allclose(alone, exact, atol=1e-2)  # the quantized base is another model than the full one
 
 
-# --- updates that cannot be made ---------------------------------------------------------------------------------
-
-
 def test_an_overflow_at_the_loss_scale_skips_the_update_lowers_the_scale_and_goes_on(tmp_path, monkeypatch, capfd):
-    """It stopped the run."""
-    set_scaler(monkeypatch, init_scale=2.0**60, backoff_factor=2.0**-24)
+    scaler = partial(torch.amp.GradScaler, init_scale=2.0**60, backoff_factor=2.0**-24)
+    monkeypatch.setattr(torch.amp, "GradScaler", scaler)
     adapters, step = [], train_rl.train_step
 
     def remembering(model, *arguments):
@@ -196,13 +172,13 @@ def test_a_broken_example_is_named_and_costs_one_step_in_any_dtype(tmp_path, bre
     json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[1], parse_constant=pytest.fail)
 
 
-def test_only_several_skipped_steps_in_a_row_stop_the_run(tmp_path, monkeypatch, break_gradients):
+def test_only_several_skipped_steps_in_a_row_stop_the_run_also_over_a_stop(tmp_path, monkeypatch, break_gradients):
     settings = {"max_skipped_steps": 3, "save_steps": 1}
     break_gradients(range(20))
+    run(tmp_path / "run", **settings, max_steps=2)
     with pytest.raises(ConfigError, match=r"max_skipped_steps=3.*in a row, the last one step 3; lower learning_rate"):
-        run(tmp_path / "run", **settings)
+        run(tmp_path / "run", **settings, resume=True)
     assert len(small_run.rows_of(tmp_path / "run")) == 3
     monkeypatch.undo()
-    shutil.copytree(tmp_path / "run", tmp_path / "again")
-    rows = run(tmp_path / "again", **settings, resume=True)
+    rows = run(tmp_path / "run", **settings, resume=True)
     assert [row["skipped_updates"] for row in rows] == [1.0, 1.0, 1.0, 0.0]

@@ -12,25 +12,10 @@ from hypothesis import strategies as st
 
 import reward
 import rollout
-from reward import (
-    COMPONENTS,
-    RewardConfig,
-    ScoreConfig,
-    attention_reward,
-    extract_answer,
-    format_reward,
-    score_group,
-    select_uncertain,
-    target_attention_score,
-)
+from reward import COMPONENTS, RewardConfig, ScoreConfig, attention_reward, format_reward, score_group, select_uncertain
 from rollout import Group, RolloutConfig, group_generator, sample_group
-from sayo.model.forward import token_statistics
 from sayo.model.prompts import base_model, encode_prompt
 from sayo.settings import ConfigError
-
-
-def tensor(*values):
-    return torch.tensor(values)
 
 
 @pytest.mark.parametrize(
@@ -47,14 +32,15 @@ def tensor(*values):
     ],
 )
 def test_attention_reward(target, image, entropy, top_fraction, expected, reason):
-    found = attention_reward(tensor(*target), tensor(*image), tensor(*entropy), top_fraction=top_fraction)
+    arguments = map(torch.tensor, (target, image, entropy))
+    found = attention_reward(*arguments, top_fraction=top_fraction)
     assert found == pytest.approx(expected, abs=1e-5), reason
 
 
 def test_attention_reward_edges():
     empty = torch.zeros(0)
     assert attention_reward(empty, empty, empty) == -1.0, "a completion of EOS alone must not beat one that speaks"
-    assert math.isnan(target_attention_score(empty, empty))
+    assert math.isnan(reward.target_attention_score(empty, empty))
     for tokens, fraction, words in ((3, 0.3, "target has 2 tokens, image 2, entropy 3"), (2, 0, "top_fraction=0")):
         with pytest.raises(ValueError, match=words):
             attention_reward(torch.ones(2), torch.ones(2), torch.ones(tokens), top_fraction=fraction)
@@ -75,11 +61,11 @@ def test_reward_and_tas_against_the_algebraic_forms(rows, top_fraction):
     found = attention_reward(*arguments, top_fraction=top_fraction)
     assert found == pytest.approx(((a / v) ** 2 - 1) / ((a / v) ** 2 + 1), abs=1e-9)
     a, v = target.mean() + 1e-8, image.mean() + 1e-8
-    assert target_attention_score(*arguments[:2]) == pytest.approx(a**2 / (a**2 + v**2), abs=1e-9)
+    assert reward.target_attention_score(*arguments[:2]) == pytest.approx(a**2 / (a**2 + v**2), abs=1e-9)
 
 
 def test_the_uncertain_tokens_are_the_top_fraction_and_ties_go_to_the_earlier():
-    assert select_uncertain(tensor(0.1, 2.0, 0.3, 1.0), 0.5).tolist() == [1, 3]
+    assert select_uncertain(torch.tensor([0.1, 2.0, 0.3, 1.0]), 0.5).tolist() == [1, 3]
     assert select_uncertain(torch.ones(10), 0.3).tolist() == [0, 1, 2]
     assert len(select_uncertain(torch.rand(110), 0.3)) == 33
 
@@ -95,7 +81,8 @@ FORMAT_TABLE = [
     ("I look. </answer>red<answer>", 0.0, "the wrong way round"),
     ("I look. <answer>red</answer> <answer>blue</answer>", 0.0, "two answers"),
     ("I look. <answer><answer>red</answer></answer>", 0.0, "nested"),
-    ("I look.\n<answer>\nred\n</answer>\n", 1.0, "on lines of their own"),
+    ("I look.\n<answer>\ntwo words\n</answer>\n", 1.0, "on lines of their own"),
+    ("", 0.0, "nothing at all"),
     ("I <b>look</b>. <answer>a < b</answer>", 1.0, "other tags and signs are text"),
 ]
 
@@ -103,32 +90,14 @@ FORMAT_TABLE = [
 @pytest.mark.parametrize(("text", "expected", "reason"), FORMAT_TABLE)
 def test_format_reward(text, expected, reason):
     assert format_reward(text, 50) == expected, reason
+    if expected:
+        assert reward.extract_answer(text) == text.split("answer>")[1].removesuffix("</").strip()
 
 
-@pytest.mark.parametrize(
-    ("num_tokens", "expected"), [(30, 0.3), (59, 0.59), (60, 1.0), (100, 1.0), (120, 0.5), (200, 0.3)]
-)
-def test_format_reward_in_the_length_window_of_the_released_script(num_tokens, expected):
-    assert format_reward("I look. <answer>red</answer>", num_tokens, 60, 100) == pytest.approx(expected)
-    assert format_reward("no answer", num_tokens, 60, 100) == 0
-
-
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [
-        ("I look. <answer> two words\n</answer> done", "two words"),
-        ("<answer>x</answer>", "x"),
-        ("<answer></answer>", None),
-        ("<answer>a</answer><answer>b</answer>", None),
-        ("answer: a", None),
-        ("", None),
-    ],
-)
-def test_extract_answer(text, expected):
-    assert extract_answer(text) == expected
-
-
-# --- a group ----------------------------------------------------------------------------------------------------
+def test_format_reward_in_the_length_window_of_the_released_script():
+    for num_tokens, expected in ((30, 0.3), (59, 0.59), (60, 1.0), (100, 1.0), (120, 0.5), (200, 0.3)):
+        assert format_reward("I look. <answer>red</answer>", num_tokens, 60, 100) == pytest.approx(expected)
+        assert format_reward("no answer", num_tokens, 60, 100) == 0
 
 
 @pytest.fixture
@@ -150,7 +119,6 @@ def test_scores_are_the_weighted_named_components(policy, group):
 
 
 def test_padding_and_eos_never_compete_for_the_top_fraction(policy, examples):
-    """A reward depends neither on the neighbours' lengths nor on the closing EOS; without any word it is the lowest."""
     model, processor = policy
     words = processor.tokenizer("The red circle is at the top left.").input_ids
     short, longer = torch.tensor([*words, processor.tokenizer.eos_token_id]), torch.tensor(words * 4)
@@ -165,20 +133,6 @@ def test_padding_and_eos_never_compete_for_the_top_fraction(policy, examples):
     assert reward_of_first([short[:-1], longer], [True, True]) == pytest.approx(alone, abs=1e-5)
     for name in ("attention", "total"):
         assert reward_of_first([short[-1:], short[-1:]], [False, False], name) == -1.0
-
-
-def test_the_region_follows_prompts_of_different_length(policy, examples):
-    """The released script finds image offsets in the unpadded prompt and reads left-padded attention."""
-    model, processor = policy
-    words = torch.tensor(processor.tokenizer("The red circle is at the top left.").input_ids)
-    for question in ("Where?", "Where is the circle that is small and red, and at the left of the star?"):
-        example = examples[0] | {"question": question}
-        prompt = encode_prompt(processor, example)
-        packed = token_statistics(model, prompt, [words, words[:3]])
-        padded = token_statistics(model, prompt, [words, words[:3]], layout="padded")
-        for name in ("target_attention", "image_attention"):
-            found, expected = torch.cat(getattr(packed, name)), torch.cat(getattr(padded, name))
-            torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-4)
 
 
 def test_a_region_of_the_whole_picture_gets_its_share_and_no_region_gets_nothing(policy, examples):
@@ -210,10 +164,7 @@ def test_the_command_scores_what_rollout_wrote(tmp_path, capsys):
         formats = [format_reward(text, len(ids)) for text, ids in zip(row["texts"], row["completion_ids"], strict=True)]
         assert row["rewards"]["format"] == formats
     assert "attention" in capsys.readouterr().out
-    for harm, words in (
-        ({"system_prompt": "Something else."}, "system_prompt"),
-        ({"limit": 1}, "about no example"),
-        ({"rollouts": str(tmp_path / "nothing.jsonl")}, "no such file"),
-    ):
+    refused = {"system_prompt": ("Something else.", "system_prompt"), "limit": (1, "about no example")}
+    for name, (value, words) in (refused | {"rollouts": (f"{tmp_path}/nothing.jsonl", "no such file")}).items():
         with pytest.raises(ConfigError, match=words):
-            reward.main(replace(config, **harm))
+            reward.main(replace(config, **{name: value}))

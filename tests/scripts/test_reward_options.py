@@ -6,22 +6,14 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
-from conftest import PACKED, randomize_adapter
+from conftest import PACKED, adapted
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+import reward
 from evaluate import EvaluateConfig, answer_examples
-from reward import (
-    RewardConfig,
-    memory_reward,
-    region_reward,
-    score_group,
-    select_random,
-    select_uncertain,
-    target_attention_score,
-    without_border,
-)
+from reward import RewardConfig, memory_reward, region_reward, score_group, select_random, without_border
 from rollout import Group, group_generator, sample_group
 from sayo.extensions.ease import ease_layer, ease_loss, target_map
 from sayo.model.families import PolicyError
@@ -55,8 +47,8 @@ def test_region_and_memory_rewards_against_numpy(rows):
 
 def test_region_reward_weighs_late_tokens_and_memory_reward_what_stays():
     image, nothing = torch.full((4,), 0.5), torch.zeros(0)
-    for target, expected in (([0.5, 0.0, 0.0, 0.0], 0.1), ([0.0, 0.0, 0.0, 0.5], 0.4)):
-        assert region_reward(torch.tensor(target), image) == pytest.approx(expected)
+    assert region_reward(torch.tensor([0.5, 0.0, 0.0, 0.0]), image) == pytest.approx(0.1)
+    assert region_reward(torch.tensor([0.0, 0.0, 0.0, 0.5]), image) == pytest.approx(0.4)
     assert memory_reward(torch.tensor([0.6, 0.3, 0.2])) == pytest.approx(0.6)
     assert region_reward(nothing, nothing) == 0 and memory_reward(nothing) == 0, "silence never pays"
 
@@ -64,13 +56,11 @@ def test_region_reward_weighs_late_tokens_and_memory_reward_what_stays():
 def test_masses_are_those_of_the_attention_maps(policy, group, model_folders):
     """Means over weighted tokens times their number are sums: against the masses read from eager attentions."""
     scores = score_group(policy[0], group, RewardConfig())
-    torch.manual_seed(0)
-    eager = randomize_adapter(load_policy(model_folders["qwen3_vl"], lora_rank=4, dtype="float32", attn="eager")[0])
-    prompt = group.prompt
+    eager, _ = adapted(model_folders["qwen3_vl"], attn="eager")
     for number, (completion, length) in enumerate(zip(group.completions, group.lengths, strict=True)):
         with torch.no_grad():
-            rows = eager_rows(eager, prompt, completion, -1)[:length]
-        image, target = rows.sum(1), rows @ prompt.coverage
+            rows = eager_rows(eager, group.prompt, completion, -1)[:length]
+        image, target = rows.sum(1), rows @ group.prompt.coverage
         assert float(scores["region"][number]) == pytest.approx(region_reward(target, image), abs=1e-5)
         assert float(scores["memory"][number]) == pytest.approx(memory_reward(image), abs=1e-5)
 
@@ -78,8 +68,8 @@ def test_masses_are_those_of_the_attention_maps(policy, group, model_folders):
 def eager_rows(model, prompt, completion, layer):
     """(n, N): attention of a completion's tokens on the image tokens, mean over heads, by output_attentions."""
     inputs = prompt.model_inputs | {"input_ids": torch.cat([prompt.input_ids, completion])[None]}
-    if (kinds := inputs.get("mm_token_type_ids")) is not None:
-        inputs["mm_token_type_ids"] = torch.nn.functional.pad(kinds, (0, len(completion)))
+    for name in {"mm_token_type_ids"} & inputs.keys():
+        inputs[name] = torch.nn.functional.pad(inputs[name], (0, len(completion)))
     attention = base_model(model)(**inputs, output_attentions=True).attentions[layer][0].mean(0)  # (S, S)
     return attention[len(prompt.input_ids) :][:, prompt.image_token_index]
 
@@ -105,11 +95,9 @@ def test_normalized_attention_has_mean_0_and_deviation_1(policy, group):
 
 @given(st.lists(st.integers(0, 400), min_size=1, max_size=60), st.floats(0.05, 1))
 def test_random_tokens_are_as_many_as_the_uncertain_and_the_same_every_time(ids, top_fraction):
-    completion = torch.tensor(ids)
-    chosen = select_random(completion, top_fraction)
-    assert len(chosen) == len(select_uncertain(torch.rand(len(ids)), top_fraction))
-    assert chosen.tolist() == sorted(set(chosen.tolist())) and 0 <= int(chosen.min()) <= int(chosen.max()) < len(ids)
-    assert chosen.tolist() == select_random(completion, top_fraction).tolist()
+    chosen, again = (select_random(torch.tensor(ids), top_fraction).tolist() for _ in range(2))
+    assert len(chosen) == len(reward.select_uncertain(torch.rand(len(ids)), top_fraction))
+    assert chosen == sorted({*range(len(ids))}.intersection(chosen)) == again
 
 
 def test_random_tokens_are_spread_evenly():
@@ -130,14 +118,11 @@ def test_a_reward_of_random_tokens(policy, group):
 
 @pytest.mark.parametrize("tokens", ["uncertain", "random"])
 def test_an_answer_marks_the_tokens_that_were_rewarded(policy, examples, tokens):
-    """Reports marked the uncertain ones beside the score of the random ones."""
     config = EvaluateConfig(attention_tokens=tokens, max_new_tokens=30)
     for answer in answer_examples(*policy, examples[:3], config):
-        found = target_attention_score(answer.target_attention[answer.scored], answer.image_attention[answer.scored])
+        chosen = (part[answer.scored] for part in (answer.target_attention, answer.image_attention))
+        found = reward.target_attention_score(*chosen)
         assert found == pytest.approx(answer.scores["tas_selected"], abs=1e-4)
-
-
-# --- border -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("family", PACKED)
@@ -178,14 +163,8 @@ def test_a_border_mask_takes_the_edge_out_of_region_and_picture(policy, examples
     assert float(masked.target_attention[0][3]) == pytest.approx(float(only @ weights), rel=1e-4)
     scores = [score_group(model, group, RewardConfig(border_mask=mask))["attention"] for mask in (False, True)]
     assert not torch.allclose(*scores)
-
-
-def test_a_region_of_edge_tokens_alone_keeps_them(policy, examples):
-    prompt = encode_prompt(policy[1], examples[0] | {"boxes": [[0, 0, 10, 10]]})
-    assert without_border(prompt) is prompt
-
-
-# --- EASE ---------------------------------------------------------------------------------------------------------
+    prompt = encode_prompt(processor, examples[0] | {"boxes": [[0, 0, 10, 10]]})
+    assert without_border(prompt) is prompt, "a region of edge tokens alone keeps them"
 
 
 def test_the_target_map_against_its_formula(policy, examples):
@@ -205,7 +184,6 @@ def test_the_target_map_against_its_formula(policy, examples):
 
 @pytest.mark.parametrize("box", [[40, 40, 46, 46], [62, 62, 66, 66], [0, 60, 118, 63]])
 def test_a_region_smaller_than_a_cell_was_a_uniform_target(policy, examples, box):
-    """Gaussians narrower than a cell fell between the cells' centers: attention was pulled to everywhere alike."""
     processor, example = policy[1], examples[0] | {"boxes": [box]}
     target = target_map(processor, example)
     assert float(target.max()) == pytest.approx(10 * float(target.min()), rel=0.2)
@@ -235,14 +213,11 @@ def test_the_loss_against_its_formula():
 
 @pytest.mark.parametrize("family", PACKED)
 def test_maps_and_their_gradients_equal_eager_attentions(model_folders, examples, family):
-    """The differentiable maps of a packed group against output_attentions of each completion alone."""
     torch.manual_seed(0)
     completions = [torch.randint(5, 90, (length,)) for length in (7, 1, 4)]
     results = []
     for attn in ("sdpa", "eager"):
-        torch.manual_seed(0)
-        model, processor = load_policy(model_folders[family], lora_rank=4, dtype="float32", attn=attn)
-        randomize_adapter(model)
+        model, processor = adapted(model_folders[family], attn=attn)
         prompt, layer = encode_prompt(processor, examples[0]), ease_layer(model)
         if attn == "sdpa":
             maps = token_statistics(model, prompt, completions, map_layer=layer).maps
@@ -259,7 +234,6 @@ def test_maps_and_their_gradients_equal_eager_attentions(model_folders, examples
 
 
 def test_a_step_with_the_loss_moves_attention_to_the_boxes(model_folders, examples, monkeypatch):
-    """Twenty steps in which nothing else is rewarded: the divergence from the target falls."""
     torch.manual_seed(0)
     model, processor = load_policy(model_folders["qwen3_vl"], lora_rank=4, dtype="float32")
     settings = {"num_generations": 2, "max_new_tokens": 6, "groups_per_step": 1, "max_steps": 20, "beta": 0.0}
@@ -275,9 +249,6 @@ def test_a_step_with_the_loss_moves_attention_to_the_boxes(model_folders, exampl
 def test_a_model_with_linear_attention_has_no_such_loss(policies):
     with pytest.raises(PolicyError, match="ease_weight: this model has linear attention"):
         ease_layer(policies["qwen3_5"][0])
-
-
-# --- KL target ----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -299,10 +270,3 @@ def test_beta_follows_the_kl_target(beta, kl, target, expected, reason):
     for one in (adaptive, resumed):
         one.step(kl)
         assert one.value == pytest.approx(expected), reason
-
-
-def test_options_are_off_by_default():
-    config = Config()
-    assert not (config.attention_gate or config.attention_normalized or config.border_mask)
-    assert config.region_weight == config.memory_weight == config.ease_weight == 0
-    assert config.attention_tokens == "uncertain"

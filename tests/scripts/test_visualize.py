@@ -35,8 +35,7 @@ def test_a_painted_token_is_where_it_looks_and_weighs_what_it_is_given(policies,
     cells = token_cells(policies[family][1], Image.new("RGB", (96, 64)))
     values = torch.rand(len(cells), generator=torch.Generator().manual_seed(0))
     heat = paint_tokens(values, cells, (96, 64))
-    assert heat.shape == (64, 96)
-    assert heat.sum() == pytest.approx(values.sum().item())
+    assert heat.shape == (64, 96) and heat.sum() == pytest.approx(values.sum().item())
     second = torch.nn.functional.one_hot(torch.tensor(1), len(cells)).float()
     rows, columns = np.nonzero(paint_tokens(second, cells, (96, 64)))
     x1, y1, x2, y2 = cells[1].round().int().tolist()
@@ -49,12 +48,10 @@ def test_a_picture_of_where_it_looks(policy, examples, tmp_path):
     shown = [example | {"images": [example["image"]]} for example in examples[:2]]
     found = [look(model, processor, example, RewardConfig()) for example in shown]
     for (heat, text, tas), example in zip(found, shown, strict=True):
-        assert heat.shape == example["image"].size[::-1] and heat.max() > 0
-        assert text and 0 < tas < 1
+        assert heat.shape == example["image"].size[::-1] and heat.max() > 0 and text and 0 < tas < 1
     found[0] = (found[0][0], "pay $5 or $\\frac{", found[0][2])  # such text was taken for a formula, and failed
     plot_attention(shown, {"base": found, "adapter": found}, tmp_path / "look.png")
-    pixels = np.asarray(Image.open(tmp_path / "look.png"))
-    assert pixels.std() > 10
+    assert np.asarray(Image.open(tmp_path / "look.png")).std() > 10
 
 
 def test_curves_are_drawn_from_what_there_is(tmp_path):
@@ -68,7 +65,6 @@ def test_curves_are_drawn_from_what_there_is(tmp_path):
 
 
 def test_a_completion_that_ends_at_once_looks_nowhere(policy, examples, monkeypatch, tmp_path):
-    """An empty completion made a heat map of nothing, and drawing it failed."""
     model, processor = policy
     eos = torch.tensor([processor.tokenizer.eos_token_id])
     sampled = Group(examples[0], encode_prompt(processor, examples[0]), [eos], [""], [False])

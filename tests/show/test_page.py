@@ -4,8 +4,10 @@ import time
 
 import numpy as np
 import pytest
-from browser import actions, find, focus, keys, point, press, require_chromium, selected, tokens_of
+from browser import actions, find, focus, point, press, require_chromium, selected, tokens_of
 from page_reports import ADAPTER, GRID, HEIGHT, PLAIN, WIDTH, brightest_cells, example_of, looking_at, report_of
+from selenium.webdriver.common.keys import Keys
+from selenium.webdriver.support.ui import Select
 
 from sayo.show.heat import paint_tokens
 from sayo.show.report import map_parts
@@ -32,7 +34,7 @@ def test_the_token_under_the_pointer_moves_both_maps(show):
     actions(browser).move_to_element(tokens_of(browser, 0)[2]).click().perform()  # held
     point(browser, tokens_of(browser, 0)[0])
     assert selected(browser) == [" one", " at"]
-    press(browser, keys().ESCAPE)
+    press(browser, Keys.ESCAPE)
     point(browser, tokens_of(browser, 0)[1])
     assert selected(browser) == [" red", " is"]
 
@@ -57,31 +59,31 @@ def test_a_finger_that_slides_moves_the_maps(show):
 
 
 def test_the_keyboard_moves_token_and_example_in_step(show):
-    browser, key = show(PLAIN), keys()
+    browser = show(PLAIN)
     focus(browser, ".tokens", 1)
-    press(browser, key.ARROW_RIGHT, key.ARROW_RIGHT)
+    press(browser, Keys.ARROW_RIGHT, Keys.ARROW_RIGHT)
     assert selected(browser) == [" one", " at"] and brightest_cells(browser) == [2, 0]
-    press(browser, key.ARROW_LEFT)
+    press(browser, Keys.ARROW_LEFT)
     assert selected(browser) == [" red", " is"]
-    press(browser, key.END)
+    press(browser, Keys.END)
     assert selected(browser) == [None, " top"]
-    press(browser, key.ARROW_RIGHT)  # there is no further token
+    press(browser, Keys.ARROW_RIGHT)  # there is no further token
     assert selected(browser) == [None, " top"]
-    press(browser, key.ARROW_DOWN)
+    press(browser, Keys.ARROW_DOWN)
     assert find(browser, "#question")[0].text == "Second?" and selected(browser) == ["It", "The"]
     assert browser.execute_script("return document.activeElement.matches('.pane:nth-child(2) .tokens')")
-    press(browser, key.ARROW_RIGHT, key.ARROW_UP)
+    press(browser, Keys.ARROW_RIGHT, Keys.ARROW_UP)
     assert find(browser, "#question")[0].text == "What color?" and selected(browser) == ["The", "It"]
     focus(browser, "#examples")
-    press(browser, key.END)
+    press(browser, Keys.END)
     assert find(browser, "#question")[0].text == "Third?"
     assert find(browser, '#examples [aria-selected="true"]')[0].text.startswith("Third?")
 
 
 def test_the_address_leads_back_to_an_example_and_a_token(show):
-    browser, key = show(PLAIN), keys()
+    browser = show(PLAIN)
     focus(browser, ".tokens")
-    press(browser, key.ARROW_DOWN, key.ARROW_RIGHT)
+    press(browser, Keys.ARROW_DOWN, Keys.ARROW_RIGHT)
     time.sleep(0.4)
     address, place = browser.current_url.split("#")
     assert place == "2.2"
@@ -98,7 +100,7 @@ def test_tab_reaches_every_control_in_the_order_of_the_page_and_shows_where_it_i
     code = """const at = document.activeElement, style = getComputedStyle(at);
         return [at.id || at.className || at.tagName, style.outlineStyle, parseFloat(style.outlineWidth)]"""
     for _ in range(12):
-        press(browser, keys().TAB)
+        press(browser, Keys.TAB)
         reached.append(browser.execute_script(code))
     names = [name for name, *_ in reached]
     expected = ["skip", "filter", "examples", "previous", "next", "layer", "opacity", "region", "tokens", "tokens"]
@@ -107,18 +109,18 @@ def test_tab_reaches_every_control_in_the_order_of_the_page_and_shows_where_it_i
 
 
 def test_sliders_change_layer_and_opacity(show):
-    browser, key = show(PLAIN), keys()
+    browser = show(PLAIN)
     assert brightest_cells(browser) == [0, 1] and find(browser, "#layer-name")[0].text == "layer 1 (rewarded)"
     focus(browser, "#layer")
-    press(browser, key.ARROW_LEFT)
+    press(browser, Keys.ARROW_LEFT)
     assert brightest_cells(browser) == [5, 3] and find(browser, "#layer-name")[0].text == "layer 0"
     assert find(browser, "#layer")[0].get_attribute("aria-valuetext") == "layer 0"
     alpha = "return document.querySelector('canvas').getContext('2d').getImageData(100, 60, 1, 1).data[3]"
     before = browser.execute_script(alpha)
     focus(browser, "#opacity")
-    press(browser, key.HOME)
+    press(browser, Keys.HOME)
     assert before > 100 and browser.execute_script(alpha) == 0
-    press(browser, key.END)
+    press(browser, Keys.END)
     assert browser.execute_script(alpha) > before
     find(browser, "#region")[0].click()
     visibility = "return getComputedStyle(document.querySelector('.stage svg')).visibility"
@@ -135,7 +137,7 @@ def test_cells_that_overlap_are_painted_as_paint_tokens_paints_them(show):
     example["answers"][0] |= map_parts(maps, np.ones(len(cells)), [0, 1], [(len(cells), None)])
     browser = show(report_of([example], ["base"]))
     focus(browser, "#opacity")
-    press(browser, keys().END)
+    press(browser, Keys.END)
     code = "return [...document.querySelector('canvas').getContext('2d').getImageData(0, 0, 120, 80).data]"
     heat = paint_tokens(maps[1, 0], cells, (WIDTH, HEIGHT))
     alpha = np.array(browser.execute_script(code)).reshape(HEIGHT, WIDTH, 4)[..., 3]
@@ -144,8 +146,6 @@ def test_cells_that_overlap_are_painted_as_paint_tokens_paints_them(show):
 
 
 def test_the_filter_shows_what_changed(show):
-    from selenium.webdriver.support.ui import Select
-
     browser = show(PLAIN)
     choice = Select(find(browser, "#filter")[0])
     expected = {"all": 3, "base wrong": 1, "adapter right": 2, "wrong, then right": 1, "right, then wrong": 1}
@@ -159,9 +159,9 @@ def test_the_filter_shows_what_changed(show):
 
 
 def test_everything_that_is_seen_is_also_said(show):
-    browser, key = show(PLAIN), keys()
+    browser = show(PLAIN)
     focus(browser, ".tokens")
-    press(browser, key.ARROW_RIGHT)
+    press(browser, Keys.ARROW_RIGHT)
     time.sleep(0.4)  # it waits for the cursor to rest
     live = find(browser, "#live")[0]
     assert live.get_attribute("aria-live") == "polite"

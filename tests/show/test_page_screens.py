@@ -3,6 +3,7 @@
 import re
 import time
 from contextlib import nullcontext, suppress
+from unittest import mock
 
 import numpy as np
 import psutil
@@ -149,12 +150,9 @@ def fifty(model_folders) -> dict:
     values = torch.rand(110)
     answer = Answer(values.long(), [" word"] * 110, *[values] * 3, [3, 50], scores, "text", False, torch.rand(count))
     answers, room = {name: [answer] * 5 for name in ("base", "adapter")}, 1_500_000 - len(page({})) // 10
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(report, "layer_types", lambda model: ["full_attention"] * 36)
-        patch.setattr(report, "resolve_layers", lambda model, layers: [35])
-        patch.setattr(report, "attention_maps", lambda *_, **__: maps)
-        patch.setattr(report, "encode_prompt", lambda *_: None)
-        patch.setattr(report, "switched_to", lambda *_: nullcontext())
+    results = {"layer_types": ["full_attention"] * 36, "resolve_layers": [35], "attention_maps": maps}
+    results |= {"encode_prompt": None, "switched_to": nullcontext()}
+    with mock.patch.multiple(report, **{name: mock.Mock(return_value=result) for name, result in results.items()}):
         found = collect(None, processor, examples, answers, VisualizeConfig(adapter="a"), room)
     return found | {"examples": found["examples"] * 10}
 

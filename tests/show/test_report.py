@@ -198,15 +198,9 @@ def test_pictures_are_drawn_anew_and_shrunk():
     assert report.picture_parts(picture, ([], [], None))["region"] == "no region"
 
 
-@pytest.fixture(scope="module")
-def two_policies(model_folders):
-    """A model whose adapter is not the identity, its processor and settings."""
-    model, processor = adapted(model_folders["qwen3_vl"], scale=0.2)
-    return model.requires_grad_(False), processor, settings(adapter="an adapter")
-
-
-def test_a_report_says_what_was_measured(two_policies):
-    model, processor, config = two_policies
+@torch.no_grad()
+def test_a_report_says_what_was_measured(model_folders):
+    (model, processor), config = adapted(model_folders["qwen3_vl"], scale=0.2), settings(adapter="an adapter")
     examples = load_examples("scenes:heldout", limit=3)[:]
     answers = answers_by_policy(model, processor, examples, config)
     data = written(model, processor, examples, answers, config)

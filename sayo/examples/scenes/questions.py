@@ -7,18 +7,15 @@ not suit the question.
 
 import math
 import random
+from collections import Counter
 from dataclasses import dataclass
 from functools import partial
 
 SHAPES = ("circle", "square", "triangle", "star", "cross")
 COLORS = {
-    "red": (214, 36, 40),
-    "green": (40, 158, 60),
-    "blue": (30, 80, 205),
-    "yellow": (238, 205, 25),
-    "purple": (142, 50, 178),
-    "orange": (246, 128, 22),
-}
+    "red": (214, 36, 40), "green": (40, 158, 60), "blue": (30, 80, 205), "yellow": (238, 205, 25),
+    "purple": (142, 50, 178), "orange": (246, 128, 22),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -70,9 +67,9 @@ def _only(things: list[Thing], **look: str) -> Thing | None:
     return found[0] if len(found) == 1 else None
 
 
-def _two_unique(rng: random.Random, things: list[Thing]) -> list[Thing]:
-    """Two things, or as many as there are, that color and shape identify uniquely."""
-    unique = [thing for thing in things if _only(things, name=thing.name, color=thing.color)]
+def _pair(rng: random.Random, things: list[Thing], *keys: str) -> list[Thing]:
+    """Two things, or as many as there are, that these attributes identify uniquely."""
+    unique = [thing for thing in things if _only(things, **{key: getattr(thing, key) for key in keys})]
     return rng.sample(unique, min(2, len(unique)))
 
 
@@ -114,7 +111,7 @@ def _ask_size(rng: random.Random, things: list[Thing], width: int, height: int) 
 
 
 def _ask_position(rng: random.Random, things: list[Thing], width: int, height: int) -> Question | None:
-    pair = _two_unique(rng, things)
+    pair = _pair(rng, things, "name", "color")
     if len(pair) < 2:
         return None
     axis = rng.randrange(2)
@@ -146,48 +143,37 @@ def _ask_lookup(rng: random.Random, things: list[Thing], width: int, height: int
 
 def _ask_count(rng: random.Random, things: list[Thing], width: int, height: int) -> Question | None:
     by_shape, wanted = rng.random() < 0.5, rng.randint(1, 4)
-    shown = [thing.name if by_shape else thing.color for thing in things]
-    values = [value for value in (SHAPES if by_shape else COLORS) if shown.count(value) == wanted]
+    counts = Counter(thing.name if by_shape else thing.color for thing in things)
+    values = [value for value in (SHAPES if by_shape else COLORS) if counts[value] == wanted]
     if not values:
         return None
     value = rng.choice(values)
-    found = [thing for thing, look in zip(things, shown, strict=True) if look == value]
     # In reading order, so that a picture always gets the same list.
-    found.sort(key=lambda thing: (int(3 * thing.center[1] / height), thing.center[0]))
+    ordered = sorted(things, key=lambda thing: (int(3 * thing.center[1] / height), thing.center[0]))
+    found = [thing for thing in ordered if value in (thing.name, thing.color)]
     places = [f"the {region_name(thing, width, height)}" for thing in found]
     listed = " and ".join(filter(None, (", ".join(places[:-1]), places[-1])))
     plural = (value + ("es" if value.endswith("s") else "s")) if by_shape else f"{value} objects"
-    singular = value if by_shape else f"{value} object"
-    seen = plural if wanted > 1 else f"a {singular}" if by_shape else f"one {singular}"
+    seen = plural if wanted > 1 else f"a {value}" if by_shape else f"one {value} object"
     usual, other = f"I see {seen} at {listed}.", f"Look at {listed}."
     return _finish(rng, f"How many {plural} are there?", str(wanted), found, usual, other)
 
 
 def _ask_comparison(rng: random.Random, things: list[Thing], width: int, height: int) -> Question | None:
     about, wanted = rng.choice(("size", "larger", "color")), rng.random() < 0.5
-    if about == "color":
-        unique = [thing for thing in things if _only(things, name=thing.name)]
-        pair = rng.sample(unique, min(2, len(unique)))
-    else:
-        pair = _two_unique(rng, things)
+    pair = _pair(rng, things, *(("name",) if about == "color" else ("name", "color")))
     if len(pair) < 2:
         return None
-    first, second = pair
+    nouns = [thing.name if about == "color" else f"{thing.color} {thing.name}" for thing in pair]
+    looks = [thing.color if about == "color" else thing.size for thing in pair]
     places = [region_name(thing, width, height) for thing in pair]
-    if about == "color":
-        if (first.color == second.color) is not wanted:
-            return None
-        nouns, looks = [first.name, second.name], [first.color, second.color]
-        text = f"Do the {nouns[0]} and the {nouns[1]} have the same color?"
-    else:
-        nouns, looks = [f"{thing.color} {thing.name}" for thing in pair], [first.size, second.size]
-        text = f"Are the {nouns[0]} and the {nouns[1]} the same size?"
-        if about == "larger":
-            if first.size == second.size:
-                return None
-            text = f"Which is larger, the {nouns[0]} or the {nouns[1]}?"
-        elif (first.size == second.size) is not wanted:
-            return None
+    if (looks[0] == looks[1]) is not (wanted and about != "larger"):
+        return None
+    text = {
+        "color": f"Do the {nouns[0]} and the {nouns[1]} have the same color?",
+        "size": f"Are the {nouns[0]} and the {nouns[1]} the same size?",
+        "larger": f"Which is larger, the {nouns[0]} or the {nouns[1]}?",
+    }[about]
     answer = nouns[looks.index("large")] if about == "larger" else "yes" if wanted else "no"
     usual = f"The {nouns[0]} at the {places[0]} is {looks[0]}. The {nouns[1]} at the {places[1]} is {looks[1]}."
     other = f"I look at the {places[0]}: {looks[0]}. I look at the {places[1]}: {looks[1]}."
@@ -243,19 +229,10 @@ def _ask_chart_color(rng: random.Random, things: list[Thing], width: int, height
     return _finish(rng, text, entry.color, _series(things, entry.letter), usual, other)
 
 
-SHAPE_KINDS = {
-    "color": partial(_ask_attribute, wanted="color"),
-    "shape": partial(_ask_attribute, wanted="shape"),
-    "size": _ask_size,
-    "position": _ask_position,
-    "lookup": _ask_lookup,
-    "count": _ask_count,
-    "comparison": _ask_comparison,
-}
-CHART_KINDS = {
-    "chart_extreme": _ask_chart_extreme,
-    "chart_comparison": _ask_chart_comparison,
-    "chart_color": _ask_chart_color,
-}
+SHAPE_KINDS = {wanted: partial(_ask_attribute, wanted=wanted) for wanted in ("color", "shape")}
+SHAPE_KINDS |= {"size": _ask_size, "position": _ask_position, "lookup": _ask_lookup, "count": _ask_count}
+SHAPE_KINDS["comparison"] = _ask_comparison
+CHART_KINDS = {"chart_extreme": _ask_chart_extreme, "chart_comparison": _ask_chart_comparison}
+CHART_KINDS["chart_color"] = _ask_chart_color
 NEW_KINDS = {"nearest": _ask_nearest}
 KINDS = (*SHAPE_KINDS, *CHART_KINDS)

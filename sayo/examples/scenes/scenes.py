@@ -19,6 +19,7 @@ from itertools import combinations
 
 from PIL import Image, ImageDraw
 
+from sayo.examples.pictures import DataError
 from sayo.examples.scenes.questions import CHART_KINDS, COLORS, KINDS, NEW_KINDS, SHAPE_KINDS, SHAPES, Question, Thing
 
 LETTERS = ("A", "B", "C", "D")
@@ -186,22 +187,15 @@ class Scenes(Sequence):
         rng = random.Random(f"scenes/{self.seed}/{self.split}/{index}")
         kind = rng.choice(tuple(NEW_KINDS) if self.split == "newtype" else KINDS)
         image, things, question = _draw(rng, self.split, kind)
-        return {
-            "id": f"scenes-{self.split}-{self.seed}-{index}",
-            "image": image,
-            "question": question.text,
-            "answer": question.answer,
-            "boxes": [list(thing.box) for thing in question.targets],
-            "kind": kind,
-            "reasoning": question.reasoning,
-            "looking": question.looking,
-            "objects": [asdict(thing) for thing in things],
-        }
+        example = {"id": f"scenes-{self.split}-{self.seed}-{index}", "image": image, "question": question.text}
+        example |= {"answer": question.answer, "boxes": [list(thing.box) for thing in question.targets], "kind": kind}
+        example |= {"reasoning": question.reasoning, "looking": question.looking}
+        return example | {"objects": [asdict(thing) for thing in things]}
 
 
 def load_scenes(name: str) -> Scenes:
-    """The scenes of a split: "scenes" (= "scenes:train"), "scenes:heldout", ... Raises ValueError for any other."""
+    """The scenes of a split: "scenes" (= "scenes:train"), "scenes:heldout", ... Raises DataError for any other."""
     splits = {"scenes": "train"} | {f"scenes:{split}": split for split in DEFAULT_SIZES}
     if name not in splits:
-        raise ValueError(f"unknown scenes {name!r}; valid ones: {', '.join(splits)}")
+        raise DataError(f"unknown scenes {name!r}; valid ones: {', '.join(splits)}")
     return Scenes(splits[name], DEFAULT_SIZES[splits[name]])
