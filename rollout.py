@@ -21,7 +21,6 @@ from torch import Tensor
 from tqdm import tqdm
 
 from sayo.examples.load import load_examples
-from sayo.model.families import PolicyError
 from sayo.model.forward import TokenStatistics, autocast, evaluating
 from sayo.model.loading import load_policy
 from sayo.model.packing import split_by_tokens
@@ -34,7 +33,17 @@ from sayo.model.prompts import (
     max_positions,
     model_device,
 )
-from sayo.model.sampling import choose_tokens, eos_token_ids, is_packed, make_sampler, suppressed_token_ids
+from sayo.model.sampling import (
+    WINDOW,
+    Decoding,
+    choose_tokens,
+    default_sampling_tokens,
+    eos_token_ids,
+    is_packed,
+    look_every,
+    make_sampler,
+    suppressed_token_ids,
+)
 from sayo.run.config import PolicyConfig, SamplingConfig
 from sayo.run.files import write_whole
 from sayo.run.provenance import ensure_same_examples, ensure_same_settings, example_names, loaded_from
@@ -71,7 +80,7 @@ def sample_groups(
     top_p: float = 1.0,
     generators: Sequence[torch.Generator] | None = None,
     system_prompt: str | None = None,
-    sampling_tokens: int = 8192,
+    sampling_tokens: int | None = None,
 ) -> list[Group]:
     """Sample one group for each example, as many of them side by side in one packed cache as sampling_tokens holds.
 
@@ -82,6 +91,7 @@ def sample_groups(
         temperature: 0 is greedy. top_p: 1 keeps every token.
         generators: one CPU generator per example; a group's draws then depend on its own only.
         sampling_tokens: prompts and completions at full length of the groups that share a cache; never splits one.
+            None: 8192 on a CPU, on a card what its free memory holds.
 
     Raises:
         ValueError: num_generations or max_new_tokens below 1, min_new_tokens outside [0, max_new_tokens], a negative
@@ -105,10 +115,12 @@ def sample_groups(
     for example, prompt in zip(examples, prompts, strict=True):
         check_prompt_length(max_positions(model), len(prompt.input_ids), max_new_tokens, example)
     generators = generators or [None] * len(prompts)
-    sizes = [len(prompt.input_ids) + num_generations * max_new_tokens for prompt in prompts]
+    longest = max((len(prompt.input_ids) for prompt in prompts), default=0)
+    tokens = sampling_tokens or default_sampling_tokens(model, longest, num_generations, max_new_tokens)
+    sizes = [longest + num_generations * max_new_tokens] * len(prompts)  # prompts are padded to the longest
     completions: list[Tensor] = []
     with evaluating(model), autocast(model):  # around all tokens: what it casts is kept until its end
-        for part in split_by_tokens(sizes, sampling_tokens if is_packed(model) else 0):
+        for part in split_by_tokens(sizes, tokens if is_packed(model) else 0):
             choose = partial(choose_tokens, temperature=temperature, top_p=top_p)
             completions += sample_completions(
                 model,
@@ -148,35 +160,21 @@ def sample_completions(
     """
     device, head = model_device(model), base_model(model).get_output_embeddings()
     ends = torch.tensor(sorted(eos_token_ids(model, processor)), device=device)
-    suppressed = suppressed_token_ids(model, processor).to(device)
+    never = suppressed_token_ids(model, processor).to(device)
     sampler = make_sampler(model, prompts, num_generations, max_new_tokens)
-    hidden = sampler.hidden  # (B * G, D)
-
-    tokens = torch.zeros(len(hidden), max_new_tokens, dtype=torch.long, device=device)
-    counts = torch.full((len(hidden),), max_new_tokens)
-    alive = torch.arange(len(hidden), device=device)  # (m,) completions that have not ended
-    for step in range(max_new_tokens):
-        if not hidden.isfinite().all():
-            raise PolicyError(
-                f"dtype: the model's activations are not finite in {str(hidden.dtype).removeprefix('torch.')}; give "
-                "--dtype bfloat16, or float32 where the GPU has no bfloat16"
-            )
-        logits = head(hidden).float()  # (m, V)
-        logits[:, suppressed] = float("-inf")
-        if step < min_new_tokens:
-            logits[:, ends] = float("-inf")
-        # A number for every completion, finished or not: a group's stream does not depend on who has finished.
-        uniforms = torch.cat([torch.rand(num_generations, generator=generator) for generator in generators])
-        drawn = choose(logits, uniforms[alive.cpu()])  # (m,)
-        tokens[alive, step] = drawn
-        ended = torch.isin(drawn, ends)
-        counts[alive[ended].cpu()] = step + 1
-        alive, drawn = alive[~ended], drawn[~ended]
-        if len(alive) == 0 or step + 1 == max_new_tokens:
+    # A number for every completion and token, ended or not: a group's stream does not depend on who has ended.
+    uniforms = [torch.rand(max_new_tokens, num_generations, generator=generator) for generator in generators]
+    decoding = Decoding(sampler, head, choose, torch.cat(uniforms, dim=1).to(device), ends, never)
+    decoding.banned[ends] = float("-inf") if min_new_tokens else 0.0
+    decoding.draw(sampler.hidden)
+    for step in range(1, max_new_tokens):
+        if step == min_new_tokens:
+            decoding.banned[ends] = 0.0
+        if step % look_every(device) == 0 and not decoding.unfinished():
             break
-        hidden = sampler.feed(drawn, alive, step)  # (m, D)
-    tokens = tokens.cpu()
-    return [row[:count] for row, count in zip(tokens, counts.tolist(), strict=True)]
+        decoding.step(min(-(-step // WINDOW) * WINDOW, max_new_tokens))
+    decoding.unfinished()  # raises where activations are not finite
+    return decoding.completions()
 
 
 def group_generator(*key) -> torch.Generator:

@@ -1,33 +1,62 @@
 """Time and memory of one GRPO step: sayo, its padded layout, and TRL's GRPOTrainer on the same work.
 
     python -m tools.bench                              # one comparison: a table, bench.json and bench.png
+    python -m tools.bench --shape deep                 # a deeper, narrower model and a smaller group
+    python -m tools.bench --device cuda --shape 2B     # on a card: real sizes with random weights, 16-bit
+    python -m tools.bench --device cuda --shape 8B --load_in_4bit
     python -m tools.bench --sweep --variants packed trl --output sweep.json       # how the cost grows, and sweep.png
     python -m tools.bench --sampling --image_tokens 64 --num_generations 8 --max_new_tokens 32    # groups side by side
-    python -m tools.bench --probe --repeats 9         # what reading the attention costs
+    python -m tools.bench --probe --repeats 9          # what reading the attention costs
+    python -m tools.bench --launches --num_layers 36 --hidden_size 128 --image_tokens 64    # kernels of a token
 
-Every variant runs in its own process with one thread, on the same random Qwen3-VL-class model (18 M parameters),
-picture, group size and completion length (no completion ends early), LoRA on the language model and KL term. sayo's
-step includes the attention reward; TRL's reward is a constant. sayo's stages are rollout, reference, score (the forward
-that serves rewards and loss) and update (loss, backward, optimizer). The floor is the step's multiply-adds at the speed
-of one large matrix product on this machine.
+Every variant runs in its own process with one thread, on the same random Qwen3-VL-class model, picture, group size and
+completion length (no completion ends early), LoRA on the language model and KL term. sayo's step includes the attention
+reward; TRL's reward is a constant. sayo's stages are rollout, reference, score (the forward that serves rewards and
+loss) and update (loss, backward, optimizer). The floor is the step's multiply-adds at the speed of one large matrix
+product on this machine, measured between the steps; that of decoding is its matrix products alone or, on a card, the
+memory that they read.
 """
 
 import json
 import statistics
 import tempfile
 from dataclasses import asdict, dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
-from sayo.run.config import PolicyConfig
+from sayo.memory_plan.plan import planner
+from sayo.model.sampling import CPU_SAMPLING_TOKENS
 from sayo.settings import Settings, option, run_command
 from sayo.show.plots import drawing
-from tools.workloads import PROMPT_TEXT, STAGES, build_model, in_child, matrix_speed, multiply_adds
+from sayo.show.tables import markdown
+from tools.workloads import (
+    PROMPT_TEXT,
+    RANK,
+    STAGES,
+    build_model,
+    example,
+    fixed_lengths,
+    in_child,
+    matrix_speed,
+    multiply_adds,
+)
 
-VARIANTS = ("packed", "padded", "trl")
+VARIANTS = ("packed", "padded", "trl", "trl with vLLM")
+SIZES = ("hidden_size", "num_layers", "vocab_size", "image_tokens", "num_generations", "max_new_tokens")
+SHAPES = {
+    name: dict(zip(SIZES, sizes, strict=True))
+    for name, sizes in {
+        "wide": (384, 8, 480, 1024, 16, 110),
+        "deep": (576, 30, 480, 324, 8, 64),
+        "2B": (2048, 28, 151936, 928, 16, 110),
+        "4B": (2560, 36, 151936, 928, 16, 110),
+        "8B": (4096, 36, 151936, 928, 16, 110),
+    }.items()
+}
 SWEEPS = {
     "image_tokens": (64, 128, 256, 512, 1024, 2048),
     "num_generations": (2, 4, 8, 16, 32),
@@ -39,25 +68,41 @@ SWEEPS = {
 class BenchConfig(Settings):
     """Measure time and memory of one GRPO step of sayo and of TRL on a small random model."""
 
-    variants: list[str] = option(list(VARIANTS), "What to measure: packed, padded (both sayo) and trl.")
-    image_tokens: int = option(1024, "Image tokens of the prompt.", at_least=1)
-    num_generations: int = option(16, "Completions of the group.", at_least=2)
-    max_new_tokens: int = option(110, "Tokens of each completion.", at_least=1)
-    hidden_size: int = option(384, "Width of the language model.")
-    num_layers: int = option(8, "Layers of the language model.", at_least=1)
-    vocab_size: int = option(480, "Rows of the head; the embedded tokenizer uses 480.", at_least=480)
+    variants: list[str] = option(
+        ["packed", "padded", "trl"], "What to measure: packed and padded (both sayo), trl, 'trl with vLLM'."
+    )
+    shape: str = option("wide", "Sizes of model and work, from which the options below differ.", choices=SHAPES)
+    device: str = option("cpu", "Where to measure; cuda computes in 16-bit.", choices=("cpu", "cuda"))
+    load_in_4bit: bool = option(False, "NF4 weights for the language model.")
+    image_tokens: int = option(0, "Image tokens of the prompt; 0 takes the shape's, here and below.", at_least=0)
+    num_generations: int = option(0, "Completions of the group.", at_least=0)
+    max_new_tokens: int = option(0, "Tokens of each completion.", at_least=0)
+    hidden_size: int = option(0, "Width of the language model, a multiple of 64.", at_least=0)
+    num_layers: int = option(0, "Layers of the language model.", at_least=0)
+    vocab_size: int = option(0, "Rows of the head; the embedded tokenizer uses 480.", at_least=0)
     repeats: int = option(3, "Timed steps, after one that is not timed; medians are reported.", at_least=1)
     threads: int = option(1, "Threads of each process.", at_least=1)
     sweep: bool = option(False, "Vary image tokens, group size and completion length one at a time instead.")
     sampling: bool = option(False, "Sample 1 to 32 groups side by side instead: sampled tokens per second.")
     probe: bool = option(False, "Time the scoring forward with and without the attention probe instead.")
+    launches: bool = option(False, "Count the kernels of a decoding step, here and in transformers, instead.")
     output: str = option("bench.json", "JSON file to write; except for the probe, a plot of it is written beside it.")
+
+    def __post_init__(self):
+        for name, size in SHAPES.get(self.shape, {}).items():
+            setattr(self, name, getattr(self, name) or size)
 
     def problems(self) -> list[str]:
         found = super().problems()
+        if self.device == "cuda" and not torch.cuda.is_available():
+            found.append("device='cuda': torch sees no card here")
+        if self.num_generations == 1:
+            found.append("num_generations=1: give 2 or more")
+        if "trl with vLLM" in self.variants and not find_spec("vllm"):
+            found.append("variants=trl with vLLM: pip install vllm")
         if wrong := [name for name in self.variants if name not in VARIANTS]:
             found.append(f"variants={' '.join(wrong)}: valid are {' '.join(VARIANTS)}")
-        if self.hidden_size < 64 or self.hidden_size % 64:
+        if self.hidden_size % 64:
             found.append(f"hidden_size={self.hidden_size}: give a multiple of 64")
         return found
 
@@ -71,7 +116,7 @@ def measure(config: BenchConfig, variant: str, folder: Path) -> dict:
     timed = found["steps"][1:]
     seconds = {name: statistics.median(step[name] for step in timed) for name in timed[0]}
     result = {"matrix_speed": seconds.pop("matrix_speed")} if "matrix_speed" in seconds else {}
-    result |= {name: found[name] for name in ("baseline_megabytes", "peak_megabytes")}
+    result |= {name: found[name] for name in ("baseline_megabytes", "peak_megabytes", "least_step") if name in found}
     sampled = config.num_generations * config.max_new_tokens
     return result | {"seconds": seconds, "tokens_per_second": sampled / seconds["step"]}
 
@@ -79,41 +124,63 @@ def measure(config: BenchConfig, variant: str, folder: Path) -> dict:
 def compare(config: BenchConfig, folder: Path, parameters: dict) -> dict:
     """All variants at one setting, and the floor at the machine's speed while the first of them ran."""
     results = {variant: measure(config, variant, folder) for variant in config.variants}
-    speed = results[config.variants[0]].get("matrix_speed") or matrix_speed()
+    speed = results[config.variants[0]].get("matrix_speed") or matrix_speed(config.device)
     counts = multiply_adds(config, parameters, config.image_tokens + PROMPT_TEXT)
     floor = {name: count / speed for name, count in counts.items()}
     setting = {name: getattr(config, name) for name in SWEEPS}
-    return {"setting": setting, "matrix_speed": speed, "floor_seconds": floor, "results": results}
+    found = {"setting": setting, "device": config.device, "matrix_speed": speed, "floor_seconds": floor}
+    if config.device == "cuda":
+        found["planned_megabytes"] = planned(config, folder) / 1e6
+    return found | {"results": results}
 
 
-def by_stage(seconds: dict[str, float]) -> str:
-    return ", ".join(f"{name} {value:.2f}" for name, value in seconds.items() if name != "step")
+def planned(config: BenchConfig, folder: Path) -> int:
+    """Bytes of tensors at the peak of the step, as tools.plan counts them for a card of 80 GB."""
+    from train_rl import Config
+
+    options = {"load_in_4bit": config.load_in_4bit, "lora_rank": RANK, "groups_per_step": 1, "memory_gb": 80}
+    settings = Config(model=str(folder), top_p=1.0, **options, **fixed_lengths(config))
+    plan = planner(1, example=example(config), with_evaluation=False)(settings)
+    return plan.bytes_of(plan.highest)
+
+
+def stages(seconds: dict[str, float]) -> list[str]:
+    """Cells of the table for each stage: its seconds, and those of the rollout's parts."""
+    parts = [f"{name.removeprefix('rollout: ')} {value:.2f}" for name, value in seconds.items() if ": " in name]
+    cells = [f"{seconds[name]:.2f}" if name in seconds else "" for name in STAGES]
+    return [cells[0] + f" ({', '.join(parts)})" * bool(parts), *cells[1:]]
 
 
 def table(compared: dict) -> str:
-    """The comparison as text."""
-    floor, results = compared["floor_seconds"], compared["results"]
-    lines = [", ".join(f"{name}={value}" for name, value in compared["setting"].items())]
-    lines.append(f"{'':10}{'s / step':>10}{'tokens / s':>12}{'peak MB':>9}{'above start':>12}   by stage")
+    """The comparison in Markdown, and what it means relative to the machine."""
+    floor, results, setting = compared["floor_seconds"], compared["results"], compared["setting"]
+    rows = []
     for variant, found in results.items():
-        seconds, peak = found["seconds"], found["peak_megabytes"]
-        memory = f"{peak:9.0f}{peak - found['baseline_megabytes']:12.0f}"
-        lines.append(
-            f"{variant:10}{seconds['step']:10.2f}{found['tokens_per_second']:12.1f}{memory}   {by_stage(seconds)}"
-        )
-    speed = f"{compared['matrix_speed'] / 1e9:.0f} G multiply-adds / s"
-    lines.append(f"{'floor':10}{sum(floor.values()):10.2f}{'':33}   {by_stage(floor)} at {speed}")
+        whole, peak = found["seconds"]["step"], found["peak_megabytes"]
+        memory = f"{peak / 1000:.2f} (+{(peak - found['baseline_megabytes']) / 1000:.2f})"
+        rows.append([variant, f"{whole:.2f}", *stages(found["seconds"]), f"{found['tokens_per_second']:.0f}", memory])
+    rows.append(["floor", f"{sum(floor[stage] for stage in STAGES):.2f}", *stages(floor), "", ""])
+    head = ["", "s a step", *STAGES, "tokens / s", "peak GB (above start)"]
+    lines = [", ".join(f"{name}={value}" for name, value in setting.items()), "", markdown(head, rows), ""]
+    lines.append(f"floor: multiply-adds at {compared['matrix_speed'] / 1e9:.0f} G a second")
     if "packed" in results:
-        ours = sum(results["packed"]["seconds"][stage] for stage in STAGES[1:])
-        least = sum(floor[stage] for stage in STAGES[1:])
+        seconds, found = results["packed"]["seconds"], results["packed"]
+        ours, least = (sum(part[stage] for stage in STAGES[1:]) for part in (seconds, floor))
         lines.append(
             f"reference, score and update: {ours / (least + floor['separate scoring']):.2f} x the multiply-adds of "
             f"three forwards and a backward, {ours / least:.2f} x those of the two forwards and the backward that run"
         )
-    if {"packed", "trl"} <= results.keys():
-        time_ratio = results["trl"]["seconds"]["step"] / results["packed"]["seconds"]["step"]
-        memory_ratio = results["trl"]["peak_megabytes"] / results["packed"]["peak_megabytes"]
-        lines.append(f"trl / packed: {time_ratio:.1f} x the time, {memory_ratio:.1f} x the peak memory")
+        if "least_step" in found:
+            step = seconds["rollout: decoding"] / setting["max_new_tokens"]
+            kind = "memory that it reads" if compared["device"] == "cuda" else "matrix products"
+            ratio = step / found["least_step"]
+            lines.append(f"a decoding step: {1000 * step:.1f} ms, {ratio:.2f} x its {kind} at this machine's speed")
+    for variant in set(results) & {"trl", "trl with vLLM"} if "packed" in results else ():
+        time_ratio = results[variant]["seconds"]["step"] / results["packed"]["seconds"]["step"]
+        memory_ratio = results[variant]["peak_megabytes"] / results["packed"]["peak_megabytes"]
+        lines.append(f"{variant} / packed: {time_ratio:.1f} x the time, {memory_ratio:.1f} x the peak memory")
+    if "planned_megabytes" in compared:
+        lines.append(f"peak planned by tools.plan: {compared['planned_megabytes'] / 1000:.2f} GB")
     return "\n".join(lines)
 
 
@@ -136,13 +203,18 @@ def plot_comparison(compared: dict, output: Path) -> None:
     colors = dict(zip(STAGES, ("#4477aa", "#ccbb44", "#66ccee", "#228833"), strict=True))
     with drawing(output, 1, 2, (4.5, 1.2 + 0.5 * len(results))) as ((left, right),):
         for variant, found in results.items():
-            begin, stages = 0.0, {name: value for name, value in found["seconds"].items() if name != "step"}
-            for name, value in (stages or {"step": found["seconds"]["step"]}).items():
+            begin, parts = 0.0, {name: found["seconds"][name] for name in STAGES if name in found["seconds"]}
+            for name, value in (parts or {"step": found["seconds"]["step"]}).items():
                 color, label = colors.get(name, "#888888"), f"{variant}: {name} {value:.1f} s"
                 left.barh(variant, value, left=begin, color=color, label=label)
                 begin += value
             right.barh(variant, found["peak_megabytes"] / 1000, color="#888888")
-        left.axvline(sum(compared["floor_seconds"].values()), color="black", linestyle="--", label="multiply-adds")
+        left.axvline(
+            sum(compared["floor_seconds"][stage] for stage in STAGES),
+            color="black",
+            linestyle="--",
+            label="multiply-adds",
+        )
         for axis, label in ((left, "seconds / step"), (right, "peak memory, GB")):
             axis.set_xlabel(label)
             axis.invert_yaxis()
@@ -159,7 +231,8 @@ def plot_sweep(points: list[dict], output: Path) -> None:
                 found = [point["results"][variant] for point in chosen]
                 top.plot(sizes, [one["seconds"]["step"] for one in found], marker="o", label=variant)
                 bottom.plot(sizes, [one["peak_megabytes"] for one in found], marker="o", label=variant)
-            top.plot(sizes, [sum(point["floor_seconds"].values()) for point in chosen], "k--", label="multiply-adds")
+            floors = [sum(point["floor_seconds"][stage] for stage in STAGES) for point in chosen]
+            top.plot(sizes, floors, "k--", label="multiply-adds")
             top.set(ylabel="seconds / step", xscale="log", yscale="log")
             bottom.set(xlabel=name.replace("_", " "), ylabel="peak MB", xscale="log", ylim=(0, None))
             for axis in (top, bottom):
@@ -175,7 +248,7 @@ def plot_sampling(points: list[dict], output: Path) -> None:
         for point in points:
             place = point["packed_tokens"], point["tokens_per_second"]
             axis.annotate(point["groups"], place, textcoords="offset points", xytext=(4, -11), fontsize=8)
-        axis.axvline(PolicyConfig.sampling_tokens, color="black", linestyle="--", label="default of sampling_tokens")
+        axis.axvline(CPU_SAMPLING_TOKENS, color="black", linestyle="--", label="default of sampling_tokens")
         axis.set(xlabel="packed tokens of the groups side by side", ylabel="sampled tokens / s")
         axis.set(xscale="log", ylim=(0, None))
         axis.legend(fontsize=8, loc="lower right")
@@ -198,8 +271,8 @@ def main(config: BenchConfig) -> None:
     with tempfile.TemporaryDirectory() as folder:
         parameters = build_model(config, Path(folder))
         print(f"{sum(parameters[name] for name in ('text', 'vision', 'head')) / 1e6:.1f} M parameters")
-        if config.sampling or config.probe:
-            found = measure(config, "sampling" if config.sampling else "probe", Path(folder))
+        if only := next((name for name in ("sampling", "probe", "launches") if getattr(config, name)), None):
+            found = measure(config, only, Path(folder))
             output.write_text(json.dumps({"config": asdict(config)} | found, indent=1), encoding="utf-8")
             if config.sampling:
                 plot_sampling(found["points"], output.with_suffix(".png"))

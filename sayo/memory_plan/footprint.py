@@ -10,7 +10,7 @@ import math
 import re
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -155,28 +155,25 @@ def _sample(live: LiveBytes, policy, work: Work, count: int, in_all: int, num_ge
     """
     first, length = replace(work.prompt), settings.max_new_tokens
 
-    def choose(hidden: Tensor) -> None:
-        hidden.isfinite().all()
-        logits = base_model(policy).get_output_embeddings()(hidden).float()
-        logits[:, torch.tensor([0])] = float("-inf")
+    def choose(logits: Tensor, uniforms: Tensor) -> Tensor:
         with live.at(part="logits"):
-            sampling.choose_tokens(logits, uniforms, temperature=settings.temperature, top_p=settings.top_p)
+            return sampling.choose_tokens(logits, uniforms, temperature=settings.temperature, top_p=settings.top_p)
 
     # The features of the other prompts, which are alike, are only counted.
     with forward.evaluating(policy), torch.no_grad(), mock.patch.object(prompts, "vision_is_frozen", lambda _: True):
         prompts.image_features(policy, [first])
         live.hold("vision features", list(vars(first.image_features[1]).values()))
         live.add("vision features", live.live["vision features"] * (in_all - 1))
+        sampling.DECODES[base_model(policy)] = True  # the comparison at the first token is small, and not of every run
         sampler = sampling.make_sampler(policy, [replace(first) for _ in range(count)], num_generations, length)
-        if is_packed := hasattr(sampler.cache, "prompts"):
-            live.hold("prompt cache", list(sampler.cache.prompts.values()))
-        rows = torch.arange(len(sampler.hidden))
-        tokens, uniforms = torch.zeros(len(rows), length, dtype=torch.long), torch.rand(len(rows))
-        choose(sampler.hidden)
+        if isinstance(sampler, sampling.TreeSampler):
+            live.hold("prompt cache", [*sampler.cache.prompts.values(), *sampler.cache.completions.values()])
+        uniforms, ids = torch.rand(length, len(sampler.hidden)), torch.tensor([0])
+        head = base_model(policy).get_output_embeddings()
+        decoding = sampling.Decoding(sampler, head, choose, uniforms, ends=ids, never=ids)
+        decoding.draw(sampler.hidden)
         live.stage = f"{live.stage}, one token"
-        if is_packed:
-            sampler.cache.length = length - 2
-        choose(sampler.feed(tokens[:, 0], rows, 0))
+        decoding.step(length)
     return first
 
 
@@ -259,39 +256,33 @@ def _optimizer(live: LiveBytes, trained: list[Tensor], settings, on_gpu: bool):
 def _parts_named(live: LiveBytes, policy: nn.Module, on_gpu: bool) -> Iterator[None]:
     """While open, what modules and functions make is counted under their names."""
 
-    def named(part: str, owner, name: str, keep: Callable | None = None):
+    def named(part: str, owner, name: str):
         function = getattr(owner, name)
 
         def call(*args, **kwargs):
             with live.at(part=part):
-                output = function(*args, **kwargs)
-            if keep:
-                live.hold("prompt cache", keep(*args))
-            return output
+                return function(*args, **kwargs)
 
         return mock.patch.object(owner, name, call)
 
-    inner, keep = base_model(policy).model, lambda cache, layer, *_: cache.completions[layer]
+    inner = base_model(policy).model
     others = [module for name, module in inner.named_children() if not re.search(LANGUAGE_MODULE, name)]
     patches = [
         *(named("vision tower", module, "forward") for module in others),
         named("logits", forward, "_chunk_logprobs"),
         named("attention product", attention, "packed_attention"),
-        named("attention product", attention.SamplingCache, "attend", keep),
+        named("attention product", sampling.SamplingCache, "attend"),
     ]
     parts = {"self_attn": "attention", "linear_attn": "attention", "mlp": "feed-forward"}
     for name, module in inner.named_modules():
         part = parts.get(name.rpartition(".")[2])
         if part and re.search(LANGUAGE_MODULE, name):
             patches.append(named(part, module, "forward"))
-    if on_gpu:  # fake tensors say that they are on the CPU; this is the one place where devices differ
-        copies = staticmethod(attention._attention_with_copies)
-        patches.append(mock.patch.object(attention._PackedAttention, "apply", copies))
-
-        def lower_right(rows: int, columns: int) -> Tensor:  # the mask, which a GPU's kernel never makes: it is small
-            return torch.ones(rows, columns, dtype=torch.bool).tril(columns - rows)
-
-        patches.append(mock.patch("torch.nn.attention.bias.causal_lower_right", lower_right))
+    if on_gpu:  # fake tensors say that they are on the CPU, whose kernel needs as much memory as CUDA's flash kernel
+        kernel = attention.CpuFlash
+        if forward.compute_dtype(policy) != torch.bfloat16:  # float16 is for cards before sm80
+            kernel = attention.RepeatedHeads(kernel)
+        patches.append(mock.patch.object(attention, "kernel_for", lambda *_: kernel))
     with ExitStack() as stack:
         for patch in patches:
             stack.enter_context(patch)

@@ -45,9 +45,6 @@ def side_by_side(group_tokens: int, num_groups: int, sampling_tokens: int) -> in
     return split_by_tokens([group_tokens] * num_groups, sampling_tokens)[0].stop
 
 
-def evaluated_side_by_side(prompt_tokens: int, config, is_packed: bool) -> tuple[int, int]:
-    """(prompts that an evaluation has in memory, how many of them share a cache); (0, 0) without an evaluation."""
-    if config.evaluated_data == "none":
-        return 0, 0
-    in_all = min(EXAMPLES_AT_A_TIME, config.eval_limit or EXAMPLES_AT_A_TIME)
-    return in_all, side_by_side(prompt_tokens + config.max_new_tokens, in_all, config.sampling_tokens * is_packed)
+def evaluated_at_a_time(config) -> int:
+    """Prompts that an evaluation has in memory; 0 without an evaluation."""
+    return 0 if config.evaluated_data == "none" else min(EXAMPLES_AT_A_TIME, config.eval_limit or EXAMPLES_AT_A_TIME)

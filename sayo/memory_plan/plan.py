@@ -18,12 +18,14 @@ from accelerate import PartialState
 from PIL import Image
 
 from sayo.examples.load import load_examples
-from sayo.memory_plan.fake_policy import WEIGHTS, depths, fake_policy, shallow
+from sayo.memory_plan.fake_policy import WEIGHTS, depths, fake_policy, shallow, weights_by_part
 from sayo.memory_plan.footprint import Work, straight_line, trace_step
-from sayo.memory_plan.longest import evaluated_side_by_side, longest_prompt, num_searched, side_by_side
+from sayo.memory_plan.longest import evaluated_at_a_time, longest_prompt, num_searched, side_by_side
 from sayo.model.families import PatchRows, pictures_of
+from sayo.model.forward import compute_dtype
 from sayo.model.loading import load_processor
 from sayo.model.prompts import Prompt, encode_prompt
+from sayo.model.sampling import CPU_SAMPLING_TOKENS, groups_that_fit
 from sayo.settings import ConfigError
 
 GB = 10**9
@@ -94,25 +96,37 @@ def shaped_prompt(prompt: Prompt, model_config) -> Prompt:
 def make_plan(config, model_config, prompt: Prompt, origin: str, groups: int, with_evaluation: bool) -> Plan:
     """Plan a step of one process with so many groups of this prompt."""
     on_gpu = config.memory_gb is not None or torch.cuda.is_available()
-    text_config = model_config.get_text_config()
-    is_packed = set(getattr(text_config, "layer_types", None) or []) <= {"full_attention"}
-    size = len(prompt.input_ids) + config.num_generations * config.max_new_tokens
-    together = side_by_side(size, groups, config.sampling_tokens * is_packed)
-    evaluated = evaluated_side_by_side(len(prompt.input_ids), config, is_packed) if with_evaluation else (0, 0)
-    work = Work(shaped_prompt(prompt, model_config), groups, together, *evaluated)
-    traced = depths(model_config)
-    lives = [trace_step(fake_policy(shallow(model_config, depth), config), work, config, on_gpu) for depth in traced]
-    first, last, steps = lives[0], lives[-1], text_config.num_hidden_layers - traced[0]
+    text_config, traced = model_config.get_text_config(), depths(model_config)
+    policies = [fake_policy(shallow(model_config, depth), config) for depth in traced]
+    layers_left = text_config.num_hidden_layers - traced[0]
+
+    def together(num_groups: int, num_generations: int) -> int:
+        """Groups that share a cache while they are sampled, as rollout.sample_groups will choose."""
+        if set(getattr(text_config, "layer_types", None) or []) - {"full_attention"}:
+            return 1
+        sizes, tokens = (len(prompt.input_ids), num_generations, config.max_new_tokens), config.sampling_tokens
+        if on_gpu and not tokens:
+            taken = [sum(part.nbytes for parts in weights_by_part(one).values() for part in parts) for one in policies]
+            free = _card(config)[0] - straight_line(taken[0], taken[-1], layers_left)
+            dtype = compute_dtype(policies[0])
+            return min(num_groups, groups_that_fit(text_config, max(0, free), *sizes, dtype, config.load_in_4bit))
+        return side_by_side(sizes[0] + sizes[1] * sizes[2], num_groups, tokens or CPU_SAMPLING_TOKENS)
+
+    evaluated = evaluated_at_a_time(config) if with_evaluation else 0
+    sampled = together(groups, config.num_generations), evaluated, together(evaluated, 1) if evaluated else 0
+    work = Work(shaped_prompt(prompt, model_config), groups, *sampled)
+    lives = [trace_step(policy, work, config, on_gpu) for policy in policies]
+    first, last = lives[0], lives[-1]
     stages: dict[str, dict] = {}
-    for (stage, _), parts in straight_line(first.peaks, last.peaks, steps).items():
+    for (stage, _), parts in straight_line(first.peaks, last.peaks, layers_left).items():
         stage = stage.partition(",")[0]
         if stage != "start" and sum(parts.values()) > sum(stages.get(stage, {}).values()):
             stages[stage] = parts
-    counts = straight_line(first.multiply_adds, last.multiply_adds, steps)
+    counts = straight_line(first.multiply_adds, last.multiply_adds, layers_left)
     # Each sampled token is taken to see its completion at full length.
     sampled = counts["sampling"] + counts.get("sampling, one token", 0) * (config.max_new_tokens - 1)
     multiply_adds = {
-        "sampling": sampled * groups // together,
+        "sampling": sampled * groups // work.side_by_side,
         "reference": groups * counts.get("reference", 0),
         "update": groups * config.num_iterations * counts["update"],
     }
@@ -124,15 +138,22 @@ def _machine(config, on_gpu: bool, stages: dict) -> tuple[dict[str, int], int, s
     steps = [parts for stage, parts in stages.items() if stage != "other update"]
     coming = max(sum(size for part, size in parts.items() if part not in WEIGHTS) for parts in steps)
     gaps = {"gaps between tensors (assumed)": int(GAPS * coming)}
-    if config.memory_gb is not None:
-        size = f"a GPU of {config.memory_gb:g} GB (memory_gb)"
-        return {"CUDA context (assumed)": int(CUDA_CONTEXT)} | gaps, int(config.memory_gb * GB), size
     if on_gpu:
-        free, _ = torch.cuda.mem_get_info()  # the context is in place by then
-        return gaps, free, f"{torch.cuda.get_device_name()}, free memory"
+        free, context, name = _card(config)
+        return context | gaps, free + sum(context.values()), name
     used = resident("VmRSS")
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return {"Python and libraries (measured)": used}, memory, "the CPU, whole memory of the machine"
+
+
+def _card(config) -> tuple[int, dict[str, int], str]:
+    """Bytes that a card has for tensors, what else there is on it, and its name."""
+    if config.memory_gb is None:
+        free, _ = torch.cuda.mem_get_info()  # the context is in place by then
+        return free, {}, f"{torch.cuda.get_device_name()}, free memory"
+    context = int(CUDA_CONTEXT)
+    name = f"a GPU of {config.memory_gb:g} GB (memory_gb)"
+    return int(config.memory_gb * GB) - context, {"CUDA context (assumed)": context}, name
 
 
 def resident(name: str) -> int:
@@ -156,11 +177,15 @@ def lower(config, plan: Plan, halve: bool) -> list[tuple[str, object]]:
     is_sampling = plan.highest in ("sampling", "evaluation")
     options = (
         (not config.gradient_checkpointing, "gradient_checkpointing", True),
-        (is_sampling and config.sampling_tokens > plan.group_tokens, "sampling_tokens", plan.group_tokens),
+        (is_sampling and _side_by_side(plan) > 1, "sampling_tokens", plan.group_tokens),
         (config.optimizer == "adamw", "optimizer", "paged_adamw_8bit"),
         (not config.load_in_4bit, "load_in_4bit", True),
     )
     return [(name, value) for helps, name, value in options if helps]
+
+
+def _side_by_side(plan: Plan) -> int:
+    return max(plan.work.side_by_side, plan.work.evaluated_side_by_side)
 
 
 def advice(plan: Plan, plan_again: Callable[..., Plan]) -> str:

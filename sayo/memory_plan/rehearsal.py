@@ -10,10 +10,10 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor
 
-from sayo.memory_plan.longest import evaluated_side_by_side, longest_prompt
+from sayo.memory_plan.longest import evaluated_at_a_time, longest_prompt, side_by_side
 from sayo.model.forward import autocast, evaluating
 from sayo.model.prompts import base_model, encode_prompt, image_features, model_device, vision_is_frozen
-from sayo.model.sampling import is_packed, make_sampler
+from sayo.model.sampling import default_sampling_tokens, is_packed, make_sampler
 from sayo.run.processes import is_sharded
 from sayo.settings import ConfigError
 
@@ -30,8 +30,10 @@ def run_largest(train_step: Callable, state, model, processor, example: dict, gr
     """The peak of training: an evaluation's prompts, then a step of `groups` times this example at full length."""
     prompt = encode_prompt(processor, example, config.system_prompt)
     moments = [torch.empty_like(parameter) for parameter in state.parameters for _ in range(2)]  # AdamW's, from step 1
-    evaluated, together = evaluated_side_by_side(len(prompt.input_ids), config, is_packed(model))
-    if evaluated:  # its peak is the prefill
+    if evaluated := evaluated_at_a_time(config):  # its peak is the prefill
+        sizes = len(prompt.input_ids), 1, config.max_new_tokens
+        tokens = config.sampling_tokens or default_sampling_tokens(model, *sizes)
+        together = side_by_side(sizes[0] + sizes[2], evaluated, tokens * is_packed(model))
         prompts = [replace(prompt) for _ in range(evaluated)]
         with torch.no_grad(), evaluating(model), autocast(model):
             for one in prompts if vision_is_frozen(model) else ():  # their features are kept

@@ -4,15 +4,17 @@
 
 Prompt tokens attend causally to the prompt. Completion tokens attend to the whole prompt and, causally, to their own
 completion: two products that share one softmax. No S x S mask exists, and nothing is computed between completions.
-The CPU's flash kernel returns the log-sum-exp of each product, so the two are merged without copying a key. Other
-kernels keep it to themselves: there each completion gets a copy of its prompt's keys, one layer at a time.
+Fused kernels return the log-sum-exp of each product, so the two are merged without copying a key: the CPU's flash
+kernel, CUDA's in half precision from sm80 on, and CUDA's memory-efficient one elsewhere. Where none of them works, each
+completion gets a copy of its prompt's keys, one layer at a time.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cache, cached_property
 from typing import ClassVar
 
 import torch
@@ -22,9 +24,6 @@ from torch.utils.checkpoint import checkpoint
 
 PROBED_ATTENTION = "sayo_probed_sdpa"
 ROW_CHUNK_ELEMENTS = 2**24  # float32 attention weights computed at a time: 64 MB, however long the prompt
-# These return and take the log-sum-exp of the scores, which the public function keeps to itself.
-_flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-_flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 
 @dataclass
@@ -78,56 +77,126 @@ def _spans(groups: Sequence[PackedGroup]) -> Iterable[tuple[PackedGroup, slice, 
         start = middle + group.num_tokens
 
 
+class CpuFlash:
+    """A fused kernel that returns the log-sum-exp of its scores, which the public function keeps to itself.
+
+    forward(query, key, value, causal, scaling) gives the output, its log-sum-exp (B, H, S) in float32, and the `state`
+    that backward takes. backward(gradient, query, key, value, output, sums, state, causal, scaling) gives the gradients
+    of query, key and value. There may be fewer key heads than query heads.
+    """
+
+    @staticmethod
+    def forward(query, key, value, causal, scaling):
+        flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+        return *flash(query, key, value, 0.0, causal, scale=scaling), ()
+
+    @staticmethod
+    def backward(gradient, query, key, value, output, sums, state, causal, scaling):
+        flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+        return flash(gradient, query, key, value, output, sums, 0.0, causal, scale=scaling)
+
+
+class CudaFlash:
+    """CUDA's flash kernel: half precision, sm80 and later."""
+
+    @staticmethod
+    def forward(query, key, value, causal, scaling):
+        flash = torch.ops.aten._scaled_dot_product_flash_attention
+        output, sums, *_, seed, offset, _ = flash(query, key, value, 0.0, causal, scale=scaling)
+        return output, sums, (seed, offset)
+
+    @staticmethod
+    def backward(gradient, query, key, value, output, sums, state, causal, scaling):
+        flash, sizes = torch.ops.aten._scaled_dot_product_flash_attention_backward, (query.shape[2], key.shape[2])
+        whole = (gradient, query, key, value, output, sums.contiguous(), None, None, *sizes)
+        return flash(*whole, 0.0, causal, *state, scale=scaling)
+
+
+class CudaEfficient:
+    """CUDA's memory-efficient kernel: any card, float32 too, but as many key heads as query heads."""
+
+    @staticmethod
+    def forward(query, key, value, causal, scaling):
+        efficient = torch.ops.aten._scaled_dot_product_efficient_attention
+        output, sums, *state = efficient(query, key, value, None, True, 0.0, causal, scale=scaling)
+        return output, sums[:, :, : query.shape[2]], state  # it pads them to a multiple of 32
+
+    @staticmethod
+    def backward(gradient, query, key, value, output, sums, state, causal, scaling):
+        efficient = torch.ops.aten._scaled_dot_product_efficient_attention_backward
+        sums = torch.nn.functional.pad(sums, (0, -sums.shape[2] % 32), value=float("inf")).contiguous()
+        whole, wanted = (gradient, query, key, value, None, output, sums, *state), [True, True, True, False]
+        return efficient(*whole, 0.0, wanted, causal, scale=scaling)[:3]
+
+
+class RepeatedHeads:
+    """A kernel whose key heads are repeated first, and their gradients summed."""
+
+    def __init__(self, kernel):
+        self.kernel = kernel
+
+    def forward(self, query, key, value, causal, scaling):
+        repeats = query.shape[1] // key.shape[1]
+        key, value = (part.repeat_interleave(repeats, dim=1) for part in (key, value))
+        return self.kernel.forward(query, key, value, causal, scaling)
+
+    def backward(self, gradient, query, key, value, *others):
+        repeats = query.shape[1] // key.shape[1]
+        repeated = (part.repeat_interleave(repeats, dim=1) for part in (key, value))
+        of_query, *of_heads = self.kernel.backward(gradient, query, *repeated, *others)
+        return of_query, *(part.unflatten(1, (-1, repeats)).sum(2) for part in of_heads)
+
+
 class _PackedAttention(torch.autograd.Function):
-    """packed_attention with the CPU's flash kernel.
+    """packed_attention with a fused kernel.
 
     A completion's two parts are weighted by their log-sum-exp. In the backward pass, the kernel gets the output and
     log-sum-exp of the whole softmax, and so returns each part's share of the gradients.
     """
 
     @staticmethod
-    def forward(ctx, query, key, value, groups, scaling):
+    def forward(ctx, query, key, value, groups, scaling, kernel):
         heads, output = (query, key, value), torch.empty_like(query)
         sums = query.new_empty(query.shape[:3], dtype=torch.float32)  # (1, H, S)
         for group, prompt, own in _spans(groups):
             prompts = [part[:, :, prompt] for part in heads]
-            output[:, :, prompt], sums[:, :, prompt] = _flash(*prompts, 0.0, True, scale=scaling)
+            output[:, :, prompt], sums[:, :, prompt], ctx.state = kernel.forward(*prompts, True, scaling)
             if not group.num_tokens:
                 continue
-            on_prompt, prompt_sum = _flash(query[:, :, own], *prompts[1:], 0.0, False, scale=scaling)
+            on_prompt, prompt_sum, _ = kernel.forward(query[:, :, own], *prompts[1:], False, scaling)
             grid = [group.to_grid(part[:, :, own]).contiguous() for part in heads]
-            on_own, own_sum = (group.from_grid(part) for part in _flash(*grid, 0.0, True, scale=scaling))
+            on_own, own_sum = (group.from_grid(part) for part in kernel.forward(*grid, True, scaling)[:2])
             whole_sum = torch.logaddexp(prompt_sum, own_sum)  # (1, H, T)
             shares = [(part - whole_sum).exp()[..., None] for part in (prompt_sum, own_sum)]
             output[:, :, own] = on_prompt * shares[0] + on_own * shares[1]
             sums[:, :, own] = whole_sum
         ctx.save_for_backward(*heads, output, sums)
-        ctx.groups, ctx.scaling = groups, scaling
+        ctx.groups, ctx.scaling, ctx.kernel = groups, scaling, kernel
         return output
 
     @staticmethod
     def backward(ctx, gradient):
         *heads, output, sums = ctx.saved_tensors
-        found = [torch.empty_like(part) for part in heads]
+        found, backward = [torch.empty_like(part) for part in heads], ctx.kernel.backward
         for group, prompt, own in _spans(ctx.groups):
             prompts = [part[:, :, prompt] for part in heads]
             whole = [gradient, *heads, output, sums]
             parts = [part[:, :, prompt] for part in whole]
-            of_prompt = _flash_backward(*parts, 0.0, True, scale=ctx.scaling)
+            of_prompt = backward(*parts, ctx.state, True, ctx.scaling)
             if group.num_tokens:
                 parts = [part[:, :, own] for part in whole]
                 # Completion queries on prompt keys and values.
-                of_both = _flash_backward(*parts[:2], *prompts[1:], *parts[4:], 0.0, False, scale=ctx.scaling)
+                of_both = backward(*parts[:2], *prompts[1:], *parts[4:], ctx.state, False, ctx.scaling)
                 grid = [group.to_grid(part).contiguous() for part in parts]
                 grid[0] = grid[0] * group.real[:, None, :, None]  # padding has no gradient
-                of_own = [group.from_grid(part) for part in _flash_backward(*grid, 0.0, True, scale=ctx.scaling)]
+                of_own = [group.from_grid(part) for part in backward(*grid, ctx.state, True, ctx.scaling)]
                 of_own[0] = of_own[0] + of_both[0]
                 of_prompt = of_prompt[0], of_prompt[1] + of_both[1], of_prompt[2] + of_both[2]
                 for target, part in zip(found, of_own, strict=True):
                     target[:, :, own] = part
             for target, part in zip(found, of_prompt, strict=True):
                 target[:, :, prompt] = part
-        return *found, None, None
+        return *found, None, None, None
 
 
 def _attention_with_copies(query, key, value, groups, scaling):
@@ -156,57 +225,47 @@ def packed_attention(query: Tensor, key: Tensor, value: Tensor, groups: list[Pac
 
     `groups` are in the order of the row. packing.dense_mask is the mask that gives the same result.
     """
-    function = _PackedAttention.apply if query.device.type == "cpu" else _attention_with_copies
-    return function(query, key, value, groups, scaling)
+    kernel = kernel_for(query.device, query.dtype, query.shape[1], key.shape[1], query.shape[3])
+    if kernel is None:
+        return _attention_with_copies(query, key, value, groups, scaling)
+    return _PackedAttention.apply(query, key, value, groups, scaling, kernel)
 
 
-class SamplingCache:
-    """Keys and values while groups are sampled: each prompt's once, each completion's in a row of its own.
+@cache
+def kernel_for(device: torch.device, dtype: torch.dtype, heads: int, kv_heads: int, width: int):
+    """The fused kernel for this device, number format and shape, or None where each completion needs copies.
 
-    _probed_attention fills it and attends to it; the model itself runs without a cache.
+    On a card, a small group is computed with the kernel and with copies, once; where they differ, or the kernel is
+    missing, a line on stderr says so.
     """
+    if device.type == "cpu":
+        return CpuFlash
+    if device.type != "cuda" or torch.version.hip or width % 8:
+        return None
+    is_flash = dtype != torch.float32 and torch.cuda.get_device_capability(device) >= (8, 0) and width <= 256
+    kernel = CudaFlash if is_flash else RepeatedHeads(CudaEfficient) if heads != kv_heads else CudaEfficient
+    try:
+        difference = difference_to_copies(kernel, device, dtype, heads, kv_heads, width)
+        problem = "" if difference < (1e-4 if dtype == torch.float32 else 0.03) else f"{difference:.2g} off"
+    except (RuntimeError, TypeError, ValueError) as error:
+        problem = str(error)
+    if problem:
+        name = "flash" if is_flash else "memory-efficient"
+        print(f"attention: CUDA's {name} kernel is not used, keys are copied instead: {problem}", file=sys.stderr)
+    return None if problem else kernel
 
-    def __init__(self, prompt_lengths: Sequence[int], max_new_tokens: int):
-        self.prompt_lengths, self.max_new_tokens = list(prompt_lengths), max_new_tokens
-        self.alive: list[int] = []  # unfinished completions of each prompt
-        self.length = -1  # position of the fed token in its completion; -1 during the prefill
-        self.prompts: dict[int, tuple[Tensor, Tensor]] = {}  # by layer, (1, H_kv, all prompts, d)
-        self.completions: dict[int, tuple[Tensor, Tensor]] = {}  # by layer, (m, H_kv, max_new_tokens, d)
 
-    def begin_token(self, kept: Tensor | None, alive: Sequence[int]) -> None:
-        """Before each token: rows (m,) of completions to keep, None for all, and how many are alive by prompt."""
-        self.length += 1
-        self.alive = list(alive)
-        if kept is not None:
-            for layer, parts in self.completions.items():
-                self.completions[layer] = tuple(part[kept] for part in parts)
-
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
-        """One token per completion: query (1, H, m, d), key and value (1, H_kv, m, d) to (1, H, m, d)."""
-        num_kv, count, width = key.shape[1:]
-        if layer not in self.completions:
-            shape = (count, num_kv, self.max_new_tokens, width)
-            self.completions[layer] = key.new_empty(shape), value.new_empty(shape)
-        keys, values = self.completions[layer]
-        keys[:, :, self.length], values[:, :, self.length] = key[0].transpose(0, 1), value[0].transpose(0, 1)
-        keys, values = (part[:, :, : self.length + 1] for part in (keys, values))  # (m, H_kv, t, d)
-        queries = query[0].unflatten(0, (num_kv, -1)).permute(2, 0, 1, 3) * scaling  # (m, H_kv, H / H_kv, d)
-        on_own = queries @ keys.mT  # (m, H_kv, H / H_kv, t)
-        outputs, start, first = [], 0, 0
-        for length, number in zip(self.prompt_lengths, self.alive, strict=True):
-            rows, columns = slice(first, first + number), slice(start, start + length)
-            start, first = start + length, first + number
-            if number == 0:
-                continue
-            prompt_keys, prompt_values = (part[0, :, columns] for part in self.prompts[layer])  # (H_kv, P, d)
-            together = queries[rows].transpose(0, 1).flatten(1, 2)  # (H_kv, rows * H / H_kv, d)
-            # The prompt's scores are the large part, so the completion's are transposed to match them.
-            scores = torch.cat([together @ prompt_keys.mT, on_own[rows].transpose(0, 1).flatten(1, 2)], dim=-1)
-            weights = scores.float().softmax(-1).to(query.dtype)  # (H_kv, rows * H / H_kv, P + t)
-            output, own = weights[..., :length] @ prompt_values, weights[..., length:]
-            output, own = (part.unflatten(1, (number, -1)).transpose(0, 1) for part in (output, own))
-            outputs.append(output + own @ values[rows])  # (rows, H_kv, H / H_kv, d)
-        return torch.cat(outputs).flatten(1, 2).transpose(0, 1)[None]  # (1, H, m, d)
+def difference_to_copies(kernel, device, dtype: torch.dtype, heads: int, kv_heads: int, width: int) -> float:
+    """Relative difference (the largest of output and gradients) of a small group with this kernel and with copies."""
+    groups, generator, results = [PackedGroup(37, (5, 0, 18), device)], torch.Generator().manual_seed(0), []
+    shapes = [(1, count, 60, width) for count in (heads, kv_heads, kv_heads, heads)]
+    query, key, value, weights = (torch.randn(shape, generator=generator).to(device, dtype) for shape in shapes)
+    with torch.enable_grad(), torch.autocast(device.type, enabled=False):
+        for function, *others in ((_attention_with_copies,), (_PackedAttention.apply, kernel)):
+            parts = [part.clone().requires_grad_() for part in (query, key, value)]
+            output = function(*parts, groups, width**-0.5, *others)
+            results.append([output.detach(), *torch.autograd.grad((output * weights).sum(), parts)])
+    return max(float((a - b).float().norm() / b.float().norm()) for a, b in zip(*reversed(results), strict=True))
 
 
 @dataclass
@@ -314,12 +373,13 @@ def _probed_attention(
                 probe.read_packed(layer, query, key, group, scaling)
     if packed_groups is not None:
         if sampling_cache is not None:
-            sampling_cache.prompts[layer] = key.contiguous(), value.contiguous()  # read at every step
+            sampling_cache.store_prompts(layer, key, value)
         if probe is not None and layer == probe.kept_layer:
             probe.kept = query, key, packed_groups[0], scaling
         output = packed_attention(query, key, value, packed_groups, scaling)
     elif sampling_cache is not None:
-        output = sampling_cache.attend(layer, query, key, value, scaling)
+        token = (part[0].transpose(0, 1) for part in (query, key, value))  # each (m, heads, d)
+        return sampling_cache.attend(layer, *token, scaling)[None], None
     else:
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
 

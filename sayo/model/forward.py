@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from sayo.model.attention import PROBED_ATTENTION, AttentionProbe, PackedGroup, SamplingCache, attention_on_prompt
+from sayo.model.attention import PROBED_ATTENTION, AttentionProbe, PackedGroup, attention_on_prompt
 from sayo.model.families import PolicyError
 from sayo.model.packing import LAYOUTS, Layout, Tokens, dense_mask, layer_types, model_layout
 from sayo.model.prompts import Prompt, base_model, image_features, model_device
@@ -67,7 +67,7 @@ def forward_hidden(model: nn.Module, batch: Tokens, cache=None) -> Tensor:
         mask = torch.where(dense_mask(batch.groups), 0.0, torch.finfo(dtype).min).to(dtype)
     elif batch.groups is not None:
         options["packed_groups"] = batch.groups
-    if isinstance(cache, SamplingCache):
+    if hasattr(cache, "store_prompts"):
         options["sampling_cache"], cache = cache, None
     if options:
         # transformers passes a 4-D mask through unchanged. This one is empty: _probed_attention has its own arguments,

@@ -75,3 +75,48 @@ def add_in_place(policy: nn.Module) -> nn.Module:
                 module.lora_variant = dict.fromkeys(module.lora_A, AddedLora)
                 module.cast_input_dtype_enabled = False  # no float32 copy of x: the weights are cast to x's dtype
     return policy
+
+
+class JoinedLinears:
+    """Linear layers that read the same rows, for sampling: LoRA's products are taken once for all of them.
+
+    LoRA's weights are copied and cast here, so build it again after an update. An adapter with arithmetic of its own
+    (DoRA, several at once) is called as it is.
+    """
+
+    def __init__(self, dtype: torch.dtype, *layers: nn.Module):
+        parts = [_base_and_lora(layer) for layer in layers]
+        self.bases, self.sizes, self.down = [part[0] for part in parts], [layer.out_features for layer in layers], None
+        if any(down is not None for _, down, _ in parts):
+            nothing = [parts[0][0].weight.new_zeros(0, size, dtype=dtype) for size in self.sizes]
+            downs = [down for _, down, _ in parts if down is not None]
+            ups = [empty if up is None else up.T for empty, (_, _, up) in zip(nothing, parts, strict=True)]
+            self.down = torch.cat(downs).T.to(dtype)  # (in, sum of r)
+            self.up = torch.block_diag(*ups).to(dtype)  # (sum of r, sum of out)
+
+    def __call__(self, x: Tensor, residual: Tensor | None = None) -> list[Tensor]:
+        """x (m, in) to each layer's (m, out), on top of `residual` (m, out) where there is one layer."""
+        added, outputs = residual, []
+        if self.down is not None:
+            low = x @ self.down  # (m, sum of r)
+            added = low @ self.up if residual is None else torch.addmm(residual, low, self.up)
+        parts = [None] * len(self.bases) if added is None else added.split(self.sizes, dim=-1)
+        for base, part in zip(self.bases, parts, strict=True):
+            if type(base) is nn.Linear and base.bias is None and part is not None:
+                outputs.append(torch.addmm(part, x, base.weight.T))
+            else:
+                outputs.append(base(x) if part is None else base(x) + part)
+        return outputs
+
+
+def _base_and_lora(layer: nn.Module) -> tuple[nn.Module, Tensor | None, Tensor | None]:
+    """A layer's base, A (r, in) and scaled B (out, r); the layer alone where it has no LoRA part or must be called."""
+    if not hasattr(layer, "lora_A") or layer.merged:
+        return layer, None, None
+    names = [] if layer.disable_adapters else [name for name in layer.active_adapters if name in layer.lora_A]
+    if not names:
+        return layer.get_base_layer(), None, None
+    if len(names) > 1 or layer.lora_variant.get(names[0]) is not AddedLora:
+        return layer, None, None
+    up = layer.lora_B[names[0]].weight * layer.scaling[names[0]]
+    return layer.get_base_layer(), layer.lora_A[names[0]].weight, up

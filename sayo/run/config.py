@@ -34,7 +34,9 @@ class PolicyConfig(Settings):
     box_format: str = option("xyxy", "How boxes are written; polygons are in the same unit.", BOX_FORMATS)
     allowed_folders: list[str] | None = option(None, "More folders to read pictures and masks from; / allows all.")
     fields: list[str] | None = option(None, "Columns of other names, as name=column: question=query answer=label.text.")
-    sampling_tokens: int = option(8192, "Token budget of groups sampled together, counted at full length.", at_least=1)
+    sampling_tokens: int | None = option(
+        None, "Token budget of groups sampled together; none: 8192 on a CPU, what fits on a card.", at_least=1
+    )
     seed: int = option(0, "Random seed.", at_least=0, at_most=2**32 - 1)
 
     def policy_arguments(self, lora_rank: int) -> dict:

@@ -3,14 +3,17 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoConfig, AutoTokenizer
 
 from sayo.model.forward import group_logprobs
 from sayo.model.loading import load_policy
 from sayo.model.prompts import encode_prompt
+from sayo.run.config import EMBEDDED_POLICY
 from sayo.settings import ConfigError, read_config
 from tools import bench, workloads
 from tools.bench import BenchConfig
@@ -29,8 +32,15 @@ def test_this_project_and_trl_are_compared(tmp_path):
     assert set(point["results"]) == {"packed", "trl"}
     for found in point["results"].values():
         assert found["seconds"]["step"] > 0 and found["peak_megabytes"] >= found["baseline_megabytes"] > 100
-    assert set(point["results"]["packed"]["seconds"]) == {"step", "rollout", "reference", "score", "update"}
-    assert all(words in done.stdout for words in ("trl / packed", "floor", "reference, score and update"))
+    parts = {"rollout: vision", "rollout: prefill", "rollout: decoding"}
+    assert set(point["results"]["packed"]["seconds"]) == {"step", "rollout", "reference", "score", "update"} | parts
+    words = (
+        "trl / packed",
+        "| floor |",
+        "reference, score and update",
+        "x its matrix products at this machine's speed",
+    )
+    assert all(part in done.stdout for part in words)
     assert (tmp_path / "bench.png").stat().st_size > 5_000
     sizes = [(name, size) for name, sizes in bench.SWEEPS.items() for size in sizes]
     points = [point | {"sweep": name, "setting": point["setting"] | {name: size}} for name, size in sizes]
@@ -139,6 +149,31 @@ print((resident("VmHWM") - before) / 1e6)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert float(done.stdout) < 400
+
+
+@pytest.mark.parametrize("size", ["2B", "4B", "8B"])
+def test_the_shapes_in_billions_are_those_of_the_checkpoints(size):
+    """Their config files are what the memory plan is tested on."""
+    found = workloads.model_config(BenchConfig(shape=size), AutoTokenizer.from_pretrained(EMBEDDED_POLICY))
+    real = AutoConfig.from_pretrained(Path(__file__).parents[1] / "qwen3_vl" / size.lower())
+    for one, other in ((found.text_config, real.text_config), (found.vision_config, real.vision_config)):
+        sizes = {name: value for name, value in other.to_dict().items() if isinstance(value, int | list)}
+        same = {name for name, value in sizes.items() if getattr(one, name, value) == value}
+        assert sizes.keys() - same <= {"max_position_embeddings", "pad_token_id", "bos_token_id", "eos_token_id"}
+    assert found.tie_word_embeddings == real.tie_word_embeddings
+
+
+def test_launches_and_the_planned_peak_are_in_the_report(tmp_path, capsys):
+    config = BenchConfig(
+        **SMALL | {"image_tokens": 4, "max_new_tokens": 8}, launches=True, output=str(tmp_path / "b.json")
+    )
+    bench.main(config)
+    said = capsys.readouterr().out
+    assert "| sayo, 8 groups of 8 |" in said and "| transformers' generate, 64 rows |" in said and "| 1.00 |" in said
+    counts = json.loads((tmp_path / "b.json").read_text())["launches"]
+    assert sum(counts["sayo, 8 groups of 8"].values()) <= 1.05 * sum(counts["sayo, 1 group of 64"].values())
+    build_model(config, tmp_path)
+    assert 1e6 < bench.planned(config, tmp_path) < 1e9
 
 
 def test_problems_of_the_settings():
