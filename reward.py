@@ -11,6 +11,7 @@ the region is a coverage in [0, 1] of each image token instead of a list of cell
 import json
 import math
 import random
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from tqdm import tqdm
 
 from rollout import Group
 from sayo.examples.load import load_examples
+from sayo.extensions.own_rewards import call_own_reward, own_rewards, parse_weight
 from sayo.grader.grader import answer_block, extract_answer, is_correct
 from sayo.model.forward import TokenStatistics, check_layers, evaluating, token_statistics
 from sayo.model.loading import load_policy
@@ -49,6 +51,8 @@ class RewardConfig(Settings):
     border_mask: bool = option(False, "Exclude image tokens at the picture's edge, where attention sinks are.")
     region_weight: float = option(0.0, "Weight of Remember-R1's region reward, 0 to 1.", at_least=0)
     memory_weight: float = option(0.0, "Weight of Remember-R1's memory reward, 0 to 2.", at_least=0)
+    reward_file: list[str] | None = option(None, "Your own rewards: FILE.py or FILE.py:function; see docs/rewards.md.")
+    reward_weights: list[str] | None = option(None, "Weights of your own rewards, as name=number; 1 where not given.")
     format_min_tokens: int | None = option(None, "Lower the format reward below this length (paper: 60).", at_least=1)
     format_max_tokens: int | None = option(None, "Lower the format reward above this length (paper: 100).", at_least=1)
     temperature: float = option(1.0, "Temperature of sampling, entropies and log-probs.", above=0)
@@ -57,6 +61,15 @@ class RewardConfig(Settings):
         found = super().problems()
         if not self.attention_layers:
             found.append("attention_layers=[]: give at least one layer number, -1 for the last")
+        for entry in self.reward_weights or ():
+            try:
+                parse_weight(entry)
+            except ValueError:
+                found.append(f"reward_weights={entry!r}: give name=number, such as brevity=0.5")
+        try:
+            own_rewards(tuple(self.reward_file or ()))
+        except ConfigError as error:
+            found.append(str(error))
         shortest, longest = self.format_min_tokens, self.format_max_tokens
         if shortest is not None and longest is not None and shortest > longest:
             found.append(f"format_min_tokens={shortest} is above format_max_tokens={longest}: swap them")
@@ -196,50 +209,73 @@ class Completion:
     """What the rewards of one completion look at; n tokens, the closing EOS left out."""
 
     text: str
-    target: Tensor  # (n,) attention of each token on the region: mean over heads, layers and covered image tokens
-    image: Tensor  # (n,) the same over all image tokens
+    example: dict  # the row that it answers, with all of its columns
+    token_ids: Tensor  # (n,)
+    truncated: bool  # max_new_tokens came before EOS
+    logps: Tensor  # (n,) of the policy that sampled, in nats, as entropies
+    entropies: Tensor  # (n,)
+    target_attention: Tensor  # (n,) attention on the region: mean over heads, layers and covered image tokens
+    image_attention: Tensor  # (n,) the same over all image tokens
     chosen: Tensor  # (k,) the tokens whose attention is rewarded
     num_target: float  # image tokens that the region covers, by coverage; 0 without a region
     num_image: int
     is_right: bool
+    config: object  # with the fields of RewardConfig
 
-    def attention(self, config) -> float:
+    def attention(self) -> float:
         """attention_reward of the chosen tokens, before the gate."""
-        parts = self.target[self.chosen], self.image[self.chosen], self.image[self.chosen]
-        return attention_reward(*parts, top_fraction=1.0, eps=config.attention_eps)
+        target, image = self.target_attention[self.chosen], self.image_attention[self.chosen]
+        return attention_reward(target, image, image, top_fraction=1.0, eps=self.config.attention_eps)
 
 
-def _attention(completion: Completion, config) -> float:
+def _attention(completion: Completion) -> float:
     if completion.num_target == 0:
         return 0.0
-    gated = config.attention_gate and not completion.is_right
-    return ATTENTION_OF_NOTHING if gated else completion.attention(config)
+    gated = completion.config.attention_gate and not completion.is_right
+    return ATTENTION_OF_NOTHING if gated else completion.attention()
 
 
-def _format(completion: Completion, config) -> float:
-    return format_reward(completion.text, len(completion.target), config.format_min_tokens, config.format_max_tokens)
+def _format(completion: Completion) -> float:
+    window = completion.config.format_min_tokens, completion.config.format_max_tokens
+    return format_reward(completion.text, len(completion.token_ids), *window)
 
 
-def _region(completion: Completion, config) -> float:
+def _region(completion: Completion) -> float:
     if completion.num_target == 0:
         return 0.0
-    masses = completion.target * completion.num_target, completion.image * completion.num_image
-    return region_reward(*masses, config.attention_eps)
+    target_mass = completion.target_attention * completion.num_target
+    return region_reward(
+        target_mass, completion.image_attention * completion.num_image, completion.config.attention_eps
+    )
 
 
 # A component is a function here and a weight in RewardConfig. Metrics, plots and tables follow from the two.
 COMPONENTS = {
     "attention": _attention,
     "format": _format,
-    "accuracy": lambda completion, config: float(completion.is_right),
+    "accuracy": lambda completion: float(completion.is_right),
     "region": _region,
-    "memory": lambda completion, config: memory_reward(completion.image * completion.num_image),
+    "memory": lambda completion: memory_reward(completion.image_attention * completion.num_image),
 }
+NOT_REWARDED = ("tas", "tas_selected", "total")  # what score_group gives beside the components
 
 
-def reward_weights(config) -> dict[str, float]:
-    """The weight of every component, from anything with the fields of RewardConfig."""
-    return {name: getattr(config, f"{name}_weight") for name in COMPONENTS}
+def rewards_of(completion: Completion) -> dict[str, float]:
+    """Every component of a completion: sayo's, then those of reward_file.
+
+    Raises ConfigError with file, function and example where one of the latter fails or returns no number.
+    """
+    row = {name: reward(completion) for name, reward in COMPONENTS.items()}
+    for place, function in own_rewards(tuple(completion.config.reward_file or ())).items():
+        row |= call_own_reward(place, function, completion, taken=(*row, *NOT_REWARDED))
+    return row
+
+
+def reward_weights(config, names: Iterable[str] = ()) -> dict[str, float]:
+    """The weight of every component, from anything with the fields of RewardConfig; of the user's own among `names`."""
+    given = dict(parse_weight(entry) for entry in config.reward_weights or ())
+    own = {name: given.get(name, 1.0) for name in names if name not in (*COMPONENTS, *NOT_REWARDED)}
+    return {name: getattr(config, f"{name}_weight") for name in COMPONENTS} | own
 
 
 def score_group(model, group: Group, config) -> dict[str, Tensor]:
@@ -283,16 +319,20 @@ def score_statistics(group: Group, config) -> dict[str, Tensor]:
         if length:
             chosen = scored_tokens(group.completions[index][:length], statistics.entropies[index][:length], config)
         is_right = is_correct(text, group.example)
-        completion = Completion(text, target, image, chosen.to(target.device), num_target, num_image, is_right)
-        row = {name: reward(completion, config) for name, reward in COMPONENTS.items()}
+        tokens = (part[index][:length] for part in (statistics.logps, statistics.entropies))
+        parts = *tokens, target, image, chosen.to(target.device), num_target, num_image, is_right, config
+        sampled = group.completions[index][:length], group.truncated[index]
+        completion = Completion(text, group.example, *sampled, *parts)
+        row = rewards_of(completion)
         has_tas = num_target > 0 and length > 0
         row["tas"] = target_attention_score(target, image, config.attention_eps) if has_tas else math.nan
-        row["tas_selected"] = (1 + completion.attention(config)) / 2 if has_tas else math.nan
+        row["tas_selected"] = (1 + completion.attention()) / 2 if has_tas else math.nan
         rows.append(row)
-    scores = {name: torch.tensor([row[name] for row in rows]) for name in (*COMPONENTS, "tas", "tas_selected")}  # (G,)
+    names = dict.fromkeys(name for row in rows for name in row)
+    scores = {name: torch.tensor([row.get(name, math.nan) for row in rows]) for name in names}  # (G,)
     if config.attention_normalized and len(rows) > 1:
         scores["attention"] = normalized(scores["attention"])
-    scores["total"] = sum(weight * scores[name] for name, weight in reward_weights(config).items())
+    scores["total"] = sum(weight * scores[name] for name, weight in reward_weights(config, scores).items())
     return scores
 
 

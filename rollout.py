@@ -33,17 +33,9 @@ from sayo.model.prompts import (
     max_positions,
     model_device,
 )
-from sayo.model.sampling import (
-    WINDOW,
-    Decoding,
-    choose_tokens,
-    default_sampling_tokens,
-    eos_token_ids,
-    is_packed,
-    look_every,
-    make_sampler,
-    suppressed_token_ids,
-)
+from sayo.model.sampling.cache import default_sampling_tokens
+from sayo.model.sampling.samplers import WINDOW, Decoding, is_packed, look_every, make_sampler
+from sayo.model.sampling.tokens import choose_tokens, eos_token_ids, suppressed_token_ids
 from sayo.run.config import PolicyConfig, SamplingConfig
 from sayo.run.files import write_whole
 from sayo.run.provenance import ensure_same_examples, ensure_same_settings, example_names, loaded_from
@@ -78,6 +70,9 @@ def sample_groups(
     min_new_tokens: int = 0,
     temperature: float = 1.0,
     top_p: float = 1.0,
+    top_k: int | None = None,
+    min_p: float = 0.0,
+    repetition_penalty: float = 1.0,
     generators: Sequence[torch.Generator] | None = None,
     system_prompt: str | None = None,
     sampling_tokens: int | None = None,
@@ -88,7 +83,8 @@ def sample_groups(
         examples: see sayo/examples/load.py.
         num_generations: completions per example, G.
         max_new_tokens: longest completion in tokens, EOS included. min_new_tokens: tokens before which none ends.
-        temperature: 0 is greedy. top_p: 1 keeps every token.
+        temperature: 0 is greedy. top_p: 1 keeps every token. top_k, min_p: see choose_tokens.
+        repetition_penalty: above 1, tokens that prompt or completion hold become less likely, as in transformers.
         generators: one CPU generator per example; a group's draws then depend on its own only.
         sampling_tokens: prompts and completions at full length of the groups that share a cache; never splits one.
             None: 8192 on a CPU, on a card what its free memory holds.
@@ -109,6 +105,12 @@ def sample_groups(
         problems.append(f"temperature={temperature}: give 0 (greedy) or more")
     if not 0 < top_p <= 1:
         problems.append(f"top_p={top_p}: give more than 0, at most 1")
+    if top_k is not None and top_k < 1:
+        problems.append(f"top_k={top_k}: give 1 or more, or none for every token")
+    if not 0 <= min_p <= 1:
+        problems.append(f"min_p={min_p}: give 0 to 1")
+    if repetition_penalty <= 0:
+        problems.append(f"repetition_penalty={repetition_penalty}: give more than 0; 1 changes nothing")
     if problems:
         raise ValueError("; ".join(problems))
     prompts = [encode_prompt(processor, example, system_prompt) for example in examples]
@@ -120,18 +122,12 @@ def sample_groups(
     sizes = [longest + num_generations * max_new_tokens] * len(prompts)  # prompts are padded to the longest
     completions: list[Tensor] = []
     with evaluating(model), autocast(model):  # around all tokens: what it casts is kept until its end
+        choose = partial(choose_tokens, temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p)
+        lengths = {"max_new_tokens": max_new_tokens, "min_new_tokens": min_new_tokens}
+        options = lengths | {"choose": choose, "repetition_penalty": repetition_penalty}
         for part in split_by_tokens(sizes, tokens if is_packed(model) else 0):
-            choose = partial(choose_tokens, temperature=temperature, top_p=top_p)
-            completions += sample_completions(
-                model,
-                processor,
-                prompts[part],
-                num_generations,
-                max_new_tokens,
-                choose,
-                generators[part],
-                min_new_tokens,
-            )
+            sampled = (model, processor, prompts[part], num_generations)
+            completions += sample_completions(*sampled, generators=generators[part], **options)
     texts = processor.tokenizer.batch_decode(completions, skip_special_tokens=True)
     ends = eos_token_ids(model, processor)
     truncated = [int(completion[-1]) not in ends for completion in completions]
@@ -148,7 +144,16 @@ def sample_group(model, processor, example: dict, *, generator: torch.Generator 
 
 
 def sample_completions(
-    model, processor, prompts, num_generations, max_new_tokens, choose, generators, min_new_tokens=0
+    model,
+    processor,
+    prompts,
+    num_generations,
+    *,
+    max_new_tokens,
+    choose,
+    generators,
+    min_new_tokens=0,
+    repetition_penalty=1.0,
 ) -> list[Tensor]:
     """The completions of all prompts one after the other, each (n_i,) on the CPU.
 
@@ -164,7 +169,9 @@ def sample_completions(
     sampler = make_sampler(model, prompts, num_generations, max_new_tokens)
     # A number for every completion and token, ended or not: a group's stream does not depend on who has ended.
     uniforms = [torch.rand(max_new_tokens, num_generations, generator=generator) for generator in generators]
-    decoding = Decoding(sampler, head, choose, torch.cat(uniforms, dim=1).to(device), ends, never)
+    seen = seen_tokens(prompts, num_generations, head) if repetition_penalty != 1 else None
+    uniforms = torch.cat(uniforms, dim=1).to(device)
+    decoding = Decoding(sampler, head, choose, uniforms, ends, never, seen, repetition_penalty)
     decoding.banned[ends] = float("-inf") if min_new_tokens else 0.0
     decoding.draw(sampler.hidden)
     for step in range(1, max_new_tokens):
@@ -175,6 +182,14 @@ def sample_completions(
         decoding.step(min(-(-step // WINDOW) * WINDOW, max_new_tokens))
     decoding.unfinished()  # raises where activations are not finite
     return decoding.completions()
+
+
+def seen_tokens(prompts, num_generations: int, head) -> Tensor:
+    """(B * G, V) boolean: the tokens of each row's prompt."""
+    seen = torch.zeros(len(prompts), head.weight.shape[0], dtype=torch.bool, device=head.weight.device)
+    for row, prompt in zip(seen, prompts, strict=True):
+        row[prompt.input_ids.to(row.device)] = True
+    return seen.repeat_interleave(num_generations, dim=0)
 
 
 def group_generator(*key) -> torch.Generator:

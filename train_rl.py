@@ -14,7 +14,7 @@ import random
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from importlib.util import find_spec
 
 import torch
@@ -22,7 +22,7 @@ from accelerate.utils import set_seed
 from torch import Tensor
 
 from evaluate import BeforeAfter, load_held_out
-from reward import COMPONENTS, RewardConfig, group_statistics, reward_weights, score_statistics
+from reward import COMPONENTS, RewardConfig, group_statistics, reward_weights, score_group, score_statistics
 from rollout import Group, group_generator, sample_groups
 from sayo.examples.load import load_examples
 from sayo.extensions.attention_regions import RegionsConfig, attention_regions
@@ -39,7 +39,10 @@ from sayo.run.stopping import Stopped, StopSignals
 from sayo.settings import option, run_command
 from vlm import group_logprobs
 
-LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo")
+LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo")
+CLIPS = {"token": (0.2, 0.2), "sequence": (3e-4, 4e-4), "cispo": (1.0, 5.0)}  # defaults of clip_low and clip_high
+SAPO_TEMPERATURES = (1.0, 1.05)  # of positive and of other advantages (SAPO, arXiv 2511.20347)
+SCALES, BASELINES, LEVELS = ("group", "batch", "none"), ("mean", "leave_one_out"), ("token", "sequence")
 OPTIMIZERS = ("adamw", "paged_adamw_8bit")
 SCHEDULERS = ("constant", "constant_with_warmup", "linear", "cosine")
 LARGEST_BETA = 10.0  # of AdaptiveBeta: above it the KL term drowns every reward
@@ -54,11 +57,18 @@ class Config(RegionsConfig, RewardConfig, SamplingConfig, PolicyConfig):
     output_dir: str = option("runs/sayo", "Folder of the run: config, metrics, samples, checkpoints, adapter, curves.")
     max_steps: int = option(100, "Training steps, each over groups_per_step groups.", at_least=1)
     groups_per_step: int = option(8, "Prompts per step, over all processes; their gradients add up.", at_least=1)
+    dynamic_sampling: int = option(1, "Prompts tried, at most, for a group whose rewards are all equal.", at_least=1)
+    dynamic_sampling_reward: str = option("total", "The reward that must differ in a group.", (*COMPONENTS, "total"))
     num_iterations: int = option(1, "Updates per batch of completions; clipping matters only above 1.", at_least=1)
-    loss_type: str = option("grpo", "How token losses are averaged, as in TRL.", LOSS_TYPES)
-    advantage_scale: str = option("group", "Divide advantages by the group's standard deviation.", ("group", "none"))
-    clip_low: float = option(0.2, "A probability ratio below 1 - clip_low is clipped.", at_least=0)
-    clip_high: float = option(0.2, "A probability ratio above 1 + clip_high is clipped.", at_least=0)
+    loss_type: str = option("grpo", "How token losses are averaged (and, in cispo and sapo, bounded).", LOSS_TYPES)
+    advantage_scale: str = option("group", "Divide advantages by the deviation of these rewards.", SCALES)
+    advantage_baseline: str = option("mean", "Subtract the group's mean, or that of the others (RLOO).", BASELINES)
+    importance_sampling_level: str = option("token", "Probability ratio of a token, or of a completion (GSPO).", LEVELS)
+    clip_low: float | None = option(None, "A ratio below 1 - clip_low is clipped; none: 0.2, 3e-4 in GSPO.", at_least=0)
+    clip_high: float | None = option(None, "A ratio above 1 + clip_high is; none: 0.2, GSPO 4e-4, CISPO 5.", at_least=0)
+    clip_dual: float | None = option(None, "Bound the ratio of negative advantages, too (TRL's delta).", above=1)
+    top_entropy_quantile: float = option(1.0, "Policy gradient on this share of tokens only.", above=0, at_most=1)
+    mask_truncated: bool = option(False, "Leave truncated completions out of the loss; they still count as rewards.")
     beta: float = option(1e-3, "Weight of the KL term (k3 estimator) to the base model; 0 disables it.", at_least=0)
     kl_target: float | None = option(None, "Double beta far above this KL (nats per token), halve it below.", above=0)
     ease_weight: float = option(0.0, "Weight of EASE's attention loss on right answers (its paper: 1e-3).", at_least=0)
@@ -84,16 +94,25 @@ class Config(RegionsConfig, RewardConfig, SamplingConfig, PolicyConfig):
     memory_gb: float | None = option(None, "Plan for a GPU of this many GB (10^9 bytes), not this machine.", above=0)
     try_biggest: bool = option(True, "Rehearse the data's largest step first: a lack of memory shows at once.")
 
+    def __post_init__(self):
+        clips = CLIPS["cispo" if self.loss_type == "cispo" else self.importance_sampling_level]
+        for name, value in zip(("clip_low", "clip_high"), clips, strict=True):
+            if getattr(self, name) is None:
+                setattr(self, name, value)
+
     def problems(self) -> list[str]:
         found = super().problems()
         if self.num_generations < 2:
             found.append(f"num_generations={self.num_generations}: give 2 or more; advantages compare completions")
         if self.report_to in ("tensorboard", "wandb") and find_spec(self.report_to) is None:
             found.append(f"report_to={self.report_to!r} is not installed: pip install {self.report_to}, or give none")
-        if not any(reward_weights(self).values()):
+        if not any(reward_weights(self).values()) and not self.reward_file:
             found.append(f"{', '.join(f'{name}_weight' for name in COMPONENTS)} are all 0: nothing would be rewarded")
         if self.kl_target and not self.beta:
             found.append(f"kl_target={self.kl_target} with beta=0.0: give a beta above 0, where it starts (1e-3)")
+        if self.dynamic_sampling > 1 and self.regions == "attention":
+            fix = "give 1; other prompts have no region yet"
+            found.append(f"dynamic_sampling={self.dynamic_sampling} with regions='attention': {fix}")
         if self.ease_weight and self.num_iterations > 1:
             fix = "give 1; the loss is taken on the policy that sampled"
             found.append(f"ease_weight={self.ease_weight} with num_iterations={self.num_iterations}: {fix}")
@@ -111,39 +130,63 @@ class Config(RegionsConfig, RewardConfig, SamplingConfig, PolicyConfig):
 
     def loss_arguments(self) -> dict:
         """Keyword arguments for grpo_loss."""
-        return {name: getattr(self, name) for name in ("clip_low", "clip_high", "loss_type", "max_new_tokens")}
+        names = ("clip_low", "clip_high", "clip_dual", "loss_type", "max_new_tokens", "importance_sampling_level")
+        return {name: getattr(self, name) for name in names}
+
+    def notes(self) -> list[str]:
+        """What settings mean together, where that may surprise."""
+        found, temperature = [], self.sampling_temperature
+        if temperature not in (None, self.temperature):
+            taken = f"log-probs of the ratio are taken at temperature={self.temperature}"
+            found.append(f"sampling_temperature={temperature}: {taken}; the update is off-policy by the difference")
+        moved = ["importance_sampling_level"] * (self.importance_sampling_level != "token")
+        moved += ["clip_dual"] * (self.clip_dual is not None) + ["loss_type"] * (self.loss_type in ("cispo", "sapo"))
+        if moved and self.num_iterations == 1:
+            same = {"cispo": "dapo", "sapo": "grpo"}.get(self.loss_type, self.loss_type)
+            values = ", ".join(f"{name}={getattr(self, name)}" for name in moved)
+            ratio = "with num_iterations=1 every ratio is 1, and the gradient is that of"
+            found.append(f"{values}: {ratio} loss_type={same} alone")
+        return found
 
 
 # --- advantages and loss -----------------------------------------------------------------------------------------
 
 
-def group_advantages(rewards: Tensor, scale: str = "group") -> Tensor:
+def group_advantages(
+    rewards: Tensor, scale: str = "group", baseline: str = "mean", batch_std: Tensor | None = None
+) -> Tensor:
     """How much better than its group each completion is: (r - mean) / (std + 1e-4), or r - mean for scale "none".
 
     Example: rewards (1, 0, 0, 1) give about (0.87, -0.87, -0.87, 0.87).
 
     Args:
         rewards: (G,) of one group, G of at least 2.
+        scale: "group"; "batch" divides by `batch_std`, that of all rewards of the step; "none".
+        baseline: "mean" of the group, or "leave_one_out", of the other completions (RLOO, arXiv 2402.14740).
 
     Raises:
-        ValueError: G below 2, or another scale.
+        ValueError: G below 2, another scale or baseline, or "batch" without batch_std.
     """
     rewards = rewards if rewards.is_floating_point() else rewards.float()
     if len(rewards) < 2:
         raise ValueError(f"a group of {len(rewards)} has nothing to compare: num_generations must be 2 or more")
-    if scale not in ("group", "none"):
-        raise ValueError(f'scale={scale!r}: valid are "group" and "none"')
+    if scale not in SCALES or (scale == "batch" and batch_std is None):
+        raise ValueError(f'scale={scale!r}: valid are "group", "none", and "batch" with batch_std')
+    if baseline not in BASELINES:
+        raise ValueError(f"baseline={baseline!r}: valid are {', '.join(map(repr, BASELINES))}")
     if rewards.max() == rewards.min():
         return torch.zeros_like(rewards)  # exactly: rounding in the mean, divided by 1e-4, would become a gradient
     centered = rewards - rewards.mean()  # (G,)
-    return centered / (rewards.std() + 1e-4) if scale == "group" else centered
+    if baseline == "leave_one_out":
+        centered = centered * (len(rewards) / (len(rewards) - 1))
+    return centered if scale == "none" else centered / ((rewards.std() if scale == "group" else batch_std) + 1e-4)
 
 
 def grpo_loss(
     logps: Sequence[Tensor],
     old_logps: Sequence[Tensor],
     ref_logps: Sequence[Tensor] | None,
-    advantages: Tensor,
+    advantages: Tensor | Sequence[Tensor],
     *,
     beta: float,
     clip_low: float,
@@ -151,53 +194,90 @@ def grpo_loss(
     loss_type: str,
     max_new_tokens: int | None = None,
     num_items: float | None = None,
+    importance_sampling_level: str = "token",
+    clip_dual: float | None = None,
+    policy_tokens: Tensor | None = None,
+    kept: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, float]]:
     """GRPO loss of one group: PPO clipping of the ratio to the sampling policy, plus beta times the k3 KL to the base.
 
     Args:
         logps: G tensors (n_i,), differentiable. old_logps: of the policy that sampled. ref_logps: of the base;
             None when beta is 0.
-        advantages: (G,).
+        advantages: (G,), or G tensors (n_i,) where tokens differ.
         loss_type: how the token losses are weighted, with TRL's meaning: "grpo" 1 / (G n_i), the mean of each
             completion's mean; "bnpo" 1 / Σn, all tokens of the group alike; "dr_grpo" 1 / (G max_new_tokens), no
-            length bias; "dapo" 1 / num_items, all tokens of the step alike.
+            length bias; "dapo" 1 / num_items, all tokens of the step alike. "cispo" (arXiv 2506.13585) weighs as
+            dapo, and bounds the ratio's weight at clip_high instead of dropping gradients; "sapo" (arXiv 2511.20347)
+            weighs as grpo, with a sigmoid of the ratio in place of the clip.
         max_new_tokens: for "dr_grpo"; by default the longest completion.
         num_items: for "dapo"; by default Σn.
+        importance_sampling_level: "sequence" takes the geometric mean of a completion's ratios (GSPO, 2507.18071).
+        clip_dual: bound of the ratio from above, which clipping leaves open for negative advantages (1912.09729).
+        policy_tokens: (T,) boolean, tokens with a policy gradient; the KL term is taken on all.
+        kept: (G,) boolean, completions that have a loss.
 
     Returns:
         (scalar loss, {"kl", "clip_fraction"}), the statistics as means over tokens; a KL that is not taken is NaN.
 
     Raises:
-        ValueError: another loss_type, or beta without ref_logps.
+        ValueError: another loss_type or level, or beta without ref_logps.
     """
     if beta and ref_logps is None:
         raise ValueError(f"beta={beta} needs ref_logps, the log-probs of the base model; or give beta=0")
     if loss_type not in LOSS_TYPES:
         raise ValueError(f"loss_type={loss_type!r}: valid are {', '.join(map(repr, LOSS_TYPES))}")
+    if importance_sampling_level not in LEVELS:
+        raise ValueError(f"importance_sampling_level={importance_sampling_level!r}: valid are 'token' and 'sequence'")
     lengths = torch.tensor([len(logp) for logp in logps], device=logps[0].device)  # (G,)
     new, old = torch.cat(list(logps)), torch.cat(list(old_logps))  # (T,), T = Σ n_i
-    advantage = advantages.to(new).repeat_interleave(lengths)  # (T,)
-    ratio = finite_exp(new - old)
-    clipped = ratio.clamp(1 - clip_low, 1 + clip_high)
-    token_loss = -torch.minimum(ratio * advantage, clipped * advantage)  # (T,)
+    if isinstance(advantages, Tensor):
+        advantage = advantages.to(new).repeat_interleave(lengths)  # (T,)
+    else:
+        advantage = torch.cat(list(advantages)).to(new)
+    log_ratio = new - old
+    if importance_sampling_level == "sequence":
+        means = torch.stack([part.sum() / max(1, len(part)) for part in log_ratio.split(lengths.tolist())])  # (G,)
+        log_ratio = means.repeat_interleave(lengths)
+    ratio = finite_exp(log_ratio)
+    if loss_type == "cispo":
+        token_loss = -ratio.clamp(max=clip_high).detach() * advantage * new  # (T,)
+        is_clipped = (ratio > clip_high) & (advantage > 0)
+    elif loss_type == "sapo":
+        steepness = torch.where(advantage > 0, *SAPO_TEMPERATURES)
+        token_loss = -torch.sigmoid(steepness * (ratio - 1)) * 4 / steepness * advantage
+        is_clipped = torch.zeros_like(ratio)
+    else:
+        clipped = ratio.clamp(1 - clip_low, 1 + clip_high)
+        bounded = ratio if clip_dual is None else ratio.clamp(max=clip_dual)
+        token_loss = -torch.minimum(bounded * advantage, clipped * advantage)
+        is_clipped = ratio * advantage > clipped * advantage
+    if policy_tokens is not None:
+        token_loss = token_loss * policy_tokens
     kl = None
     if beta:
         difference = torch.cat(list(ref_logps)) - new
         kl = finite_exp(difference) - difference - 1  # (T,)
         token_loss = token_loss + beta * kl
-    if loss_type == "grpo":
-        weight = (1 / (len(logps) * lengths.clamp(min=1).to(new))).repeat_interleave(lengths)  # (T,)
+    is_kept = torch.ones_like(new) if kept is None else kept.to(new).repeat_interleave(lengths)  # (T,)
+    if loss_type in ("grpo", "sapo"):
+        weight = is_kept / (len(logps) * lengths.clamp(min=1).to(new)).repeat_interleave(lengths)  # (T,)
     elif loss_type == "bnpo":
-        weight = 1 / max(1, len(new))
+        weight = is_kept / is_kept.sum().clamp(min=1)
     elif loss_type == "dr_grpo":
-        weight = 1 / (len(logps) * (max_new_tokens or max(1, int(lengths.max()))))
+        weight = is_kept / (len(logps) * (max_new_tokens or max(1, int(lengths.max()))))
     else:
-        weight = 1 / (num_items or max(1, len(new)))
-    is_clipped = (ratio * advantage > clipped * advantage).float()
+        weight = is_kept / (num_items or is_kept.sum().clamp(min=1))
     count = max(1, len(new))
     stats = {"kl": math.nan if kl is None else kl.detach().sum().item() / count}
-    stats["clip_fraction"] = is_clipped.sum().item() / count
+    stats["clip_fraction"] = is_clipped.float().sum().item() / count
     return (token_loss * weight).sum(), stats
+
+
+def top_entropy_tokens(entropies: Sequence[Tensor], quantile: float) -> Tensor:
+    """(T,) boolean: the tokens of a group whose entropy is in its top `quantile` (arXiv 2506.01939: 0.2)."""
+    together = torch.cat(list(entropies)).float()
+    return together >= together.quantile(1 - quantile) if len(together) else together.bool()
 
 
 def finite_exp(exponent: Tensor) -> Tensor:
@@ -221,20 +301,25 @@ def train_step(model, processor, state, examples, step: int, config: Config, acc
     Returns:
         (metrics of the step over all processes, a sample of this process for samples.jsonl).
     """
-    log = StepLog(accelerator, reward_weights(config))
+    log = StepLog(accelerator, partial(reward_weights, config))
     batch, generators = share_of_step(examples, step, config, accelerator)
     with log.stage("rollout"):
         groups = sample_groups(model, processor, batch, generators=generators, **config.sampling_arguments())
+        more = replace_equal_groups(groups, model, processor, examples, step, config, accelerator)
         sync_forwards(model)
     references: list = [None] * len(groups)
     if state.beta.value:
         with log.stage("reference"), torch.no_grad(), evaluating(model), model.disable_adapter():
             references = [logprobs(model, group, config) for group in groups]
-    tokens_per_group = tokens_of_step(groups, accelerator) / config.groups_per_step
+    tokens_per_group = tokens_of_step(groups, config, accelerator) / config.groups_per_step
     # Gradients are the mean over groups, for all loss types alike.
     options = config.loss_arguments() | {"beta": state.beta.value, "num_items": tokens_per_group}
     map_layer = ease_layer(model) if config.ease_weight else None
-    scores, advantages = [], []
+    scores, advantages, batch_std = [], [], None
+    if config.advantage_scale == "batch":
+        with log.stage("score"):
+            rewards = [score_group(model, replace(group), config)["total"] for group in groups]
+            batch_std = accelerator.gather(torch.cat(rewards).to(accelerator.device)).std().cpu()
 
     for iteration in range(config.num_iterations):
         for number, reference in enumerate(references):
@@ -243,11 +328,13 @@ def train_step(model, processor, state, examples, step: int, config: Config, acc
                     statistics = group_statistics(model, groups[number], config, map_layer)
                     groups[number] = replace(groups[number], statistics=statistics.detached())
                     scores.append(score_statistics(groups[number], config))
-                    advantages.append(group_advantages(scores[number]["total"], config.advantage_scale))
+                    scaling = config.advantage_scale, config.advantage_baseline, batch_std
+                    advantages.append(group_advantages(scores[number]["total"], *scaling))
                 logps = logprobs(model, groups[number], config) if iteration else statistics.logps
             group, advantage, score = groups[number], advantages[number], scores[number]
             with log.stage("update"):
-                loss, stats = grpo_loss(logps, group.statistics.logps, reference, advantage, **options)
+                tokens = tokens_of_loss(group, config)
+                loss, stats = grpo_loss(logps, group.statistics.logps, reference, advantage, **options, **tokens)
                 if config.ease_weight:
                     ease = ease_loss(statistics.maps, target_map(processor, group.example), score["accuracy"])
                     loss, stats = loss + config.ease_weight * ease, stats | {"ease": ease.item()}
@@ -255,7 +342,7 @@ def train_step(model, processor, state, examples, step: int, config: Config, acc
                 log.add(group, score, advantage, stats | {"loss": loss.item()}, fault)
         with log.stage("update"):
             log.updated(state.update(accelerator))
-    return log.result()
+    return log.result(**more)
 
 
 def share_of_step(examples, step: int, config: Config, accelerator) -> tuple[list[dict], list[torch.Generator]]:
@@ -267,15 +354,50 @@ def share_of_step(examples, step: int, config: Config, accelerator) -> tuple[lis
     return batch, [group_generator(config.seed, step, number) for number in numbers]
 
 
+def replace_equal_groups(
+    groups: list[Group], model, processor, examples, step: int, config: Config, accelerator
+) -> dict:
+    """DAPO's dynamic sampling (arXiv 2503.14476): groups of equal rewards give way to those of other prompts.
+
+    Each is tried config.dynamic_sampling - 1 times; prompts and draws depend on (seed, step, number, try) alone.
+    Returns {"resampled_groups": groups sampled in addition, of all processes, for each group of the step}.
+    """
+    if config.dynamic_sampling == 1:
+        return {}
+    waiting, count, first = list(range(len(groups))), 0, accelerator.process_index * len(groups)
+    for number_of_try in range(1, config.dynamic_sampling):
+        rewards = [score_group(model, replace(groups[number]), config) for number in waiting]
+        pairs = zip(waiting, (scores[config.dynamic_sampling_reward] for scores in rewards), strict=True)
+        waiting = [number for number, values in pairs if values.max() == values.min()]
+        keys = [(config.seed, step, first + number, number_of_try) for number in waiting]
+        batch = [examples[random.Random("/".join(map(str, key))).randrange(len(examples))] for key in keys]
+        generators = [group_generator(*key) for key in keys]
+        sampled = sample_groups(model, processor, batch, generators=generators, **config.sampling_arguments())
+        for number, group in zip(waiting, sampled, strict=True):
+            groups[number] = group
+        count += len(waiting)
+    total = accelerator.reduce(torch.tensor(float(count), device=accelerator.device), "sum").item()
+    return {"resampled_groups": total / config.groups_per_step}
+
+
 def logprobs(model, group: Group, config: Config) -> list[Tensor]:
     """G tensors (n_i,) under the model as it is now."""
     return group_logprobs(model, group.prompt, group.completions, temperature=config.temperature)
 
 
-def tokens_of_step(groups: Sequence[Group], accelerator) -> float:
-    """Completion tokens of all groups of all processes."""
-    here = sum(len(completion) for group in groups for completion in group.completions)
+def tokens_of_step(groups: Sequence[Group], config: Config, accelerator) -> float:
+    """Completion tokens that have a loss, of all groups of all processes."""
+    pairs = [pair for group in groups for pair in zip(group.completions, group.truncated, strict=True)]
+    here = sum(len(completion) for completion, cut in pairs if not (cut and config.mask_truncated))
     return accelerator.reduce(torch.tensor(float(here), device=accelerator.device), "sum").item()
+
+
+def tokens_of_loss(group: Group, config: Config) -> dict:
+    """Keyword arguments for grpo_loss: the tokens with a policy gradient, and the completions with a loss."""
+    found = {"kept": ~torch.tensor(group.truncated)} if config.mask_truncated else {}
+    if config.top_entropy_quantile < 1:
+        found["policy_tokens"] = top_entropy_tokens(group.statistics.entropies, config.top_entropy_quantile)
+    return found
 
 
 class TrainState:
@@ -396,7 +518,7 @@ def train(config: Config, accelerator, run) -> None:
     state = TrainState(model, config)
     state.load(run.checkpoint)
     evaluation = BeforeAfter(run, model, processor, held_out, config, accelerator)
-    run.begin(state, examples, evaluation.notes)
+    run.begin(state, examples, [*evaluation.notes, *config.notes()])
     run.check_same_weights(model)
     if config.try_biggest and state.step < config.max_steps:
         rehearse(train_step, state, model, processor, examples, config, accelerator)

@@ -37,7 +37,7 @@ REFUSED = [
     (Config, "--max_step 1 --num_generation 4", "max_steps|num_generations"),
     (Config, "--max_steps many", "max_steps|many"),
     (Config, "--num_generations 1", "num_generations=1|2 or more"),
-    (Config, "--loss_type ppo", "loss_type='ppo'|{grpo,bnpo,dr_grpo,dapo}"),
+    (Config, "--loss_type ppo", "loss_type='ppo'|{grpo,bnpo,dr_grpo,dapo,cispo,sapo}"),
     (Config, "--optimizer sgd", "optimizer='sgd'|{adamw,paged_adamw_8bit}"),
     (Config, "--top_fraction 0 --top_p 2 --temperature 0", "top_fraction=0|top_p=2|temperature=0"),
     (Config, "--beta -1 --limit 0", "beta=-1|limit=0"),

@@ -29,7 +29,7 @@ import torch
 from tqdm import tqdm
 
 from sayo.memory_plan.plan import planner
-from sayo.model.sampling import CPU_SAMPLING_TOKENS
+from sayo.model.sampling.cache import CPU_SAMPLING_TOKENS
 from sayo.settings import Settings, option, run_command
 from sayo.show.plots import drawing
 from sayo.show.tables import markdown

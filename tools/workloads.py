@@ -139,7 +139,8 @@ def measure_sayo(config, folder: str, layout: str) -> dict:
     from accelerate import Accelerator
 
     import rollout
-    from sayo.model import forward, sampling
+    from sayo.model import forward
+    from sayo.model.sampling import samplers
     from train_rl import Config, TrainState, train_step
 
     on_card = config.device == "cuda"
@@ -161,7 +162,7 @@ def measure_sayo(config, folder: str, layout: str) -> dict:
         return call
 
     with ExitStack() as patches:
-        for module in (sampling, forward):
+        for module in (samplers, forward):
             patches.enter_context(mock.patch.object(module, "model_layout", lambda *_: layout))
         tower = type(base_model(model).model), "get_image_features"
         for name, (owner, function) in {"vision": tower, "prefill": (rollout, "make_sampler")}.items():
@@ -280,8 +281,8 @@ def measure_trl(config, folder: str, with_vllm: bool = False) -> dict:
 def measure_launches(config, folder: str) -> dict:
     """Launches of one decoding step by who samples, for 64 rows (`python -m tools.bench --launches`)."""
     from rollout import sample_groups
-    from sayo.model import sampling
     from sayo.model.prompts import encode_prompt
+    from sayo.model.sampling import samplers
 
     model, processor = load_policy(folder, lora_rank=RANK, dtype="float32")
     prompt = encode_prompt(processor, example(config), system_prompt="")
@@ -292,7 +293,7 @@ def measure_launches(config, folder: str) -> dict:
 
     counts = {"sayo, 1 group of 64": step_launches(partial(ours, 1, 64))}
     counts["sayo, 8 groups of 8"] = step_launches(partial(ours, 8, 8))
-    with mock.patch.object(sampling, "model_layout", lambda *_: "padded"):
+    with mock.patch.object(samplers, "model_layout", lambda *_: "padded"):
         counts["sayo's padded layout, 1 group of 64"] = step_launches(partial(ours, 1, 64))
     counts["transformers' generate, 64 rows"] = step_launches(partial(generate, model, prompt, 64))
     least = counts["transformers' generate, 64 rows"].total()

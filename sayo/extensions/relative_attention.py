@@ -19,7 +19,7 @@ from torch import Tensor
 from sayo.model.families import PolicyError, pictures_of
 from sayo.model.forward import attention_maps
 from sayo.model.prompts import LARGE_PICTURE, encode_prompt, example_images, joined_cells, token_cells
-from sayo.model.sampling import eos_token_ids
+from sayo.model.sampling.tokens import eos_token_ids
 
 GENERIC_QUESTION = "Write a general description of the image."  # as in the paper
 EPS = 1e-12  # keeps the division finite: a millionth of a token's share among a million tokens

@@ -25,9 +25,12 @@ from torch.utils.flop_counter import flop_registry
 
 from sayo.extensions.ease import ease_layer
 from sayo.memory_plan.fake_policy import weights_by_part
-from sayo.model import attention, forward, prompts, sampling
+from sayo.model import attention, forward, prompts
 from sayo.model.families import LANGUAGE_MODULE
 from sayo.model.prompts import Prompt, base_model
+from sayo.model.sampling.cache import SamplingCache
+from sayo.model.sampling.samplers import DECODES, Decoding, TreeSampler, make_sampler
+from sayo.model.sampling.tokens import choose_tokens
 
 _aten = torch.ops.aten
 _INDEXING = (_aten.index.Tensor, _aten.index_put.default, _aten.index_put_.default, _aten._unsafe_index.Tensor)
@@ -157,20 +160,20 @@ def _sample(live: LiveBytes, policy, work: Work, count: int, in_all: int, num_ge
 
     def choose(logits: Tensor, uniforms: Tensor) -> Tensor:
         with live.at(part="logits"):
-            return sampling.choose_tokens(logits, uniforms, temperature=settings.temperature, top_p=settings.top_p)
+            return choose_tokens(logits, uniforms, temperature=settings.temperature, top_p=settings.top_p)
 
     # The features of the other prompts, which are alike, are only counted.
     with forward.evaluating(policy), torch.no_grad(), mock.patch.object(prompts, "vision_is_frozen", lambda _: True):
         prompts.image_features(policy, [first])
         live.hold("vision features", list(vars(first.image_features[1]).values()))
         live.add("vision features", live.live["vision features"] * (in_all - 1))
-        sampling.DECODES[base_model(policy)] = True  # the comparison at the first token is small, and not of every run
-        sampler = sampling.make_sampler(policy, [replace(first) for _ in range(count)], num_generations, length)
-        if isinstance(sampler, sampling.TreeSampler):
+        DECODES[base_model(policy)] = True  # the comparison at the first token is small, and not of every run
+        sampler = make_sampler(policy, [replace(first) for _ in range(count)], num_generations, length)
+        if isinstance(sampler, TreeSampler):
             live.hold("prompt cache", [*sampler.cache.prompts.values(), *sampler.cache.completions.values()])
         uniforms, ids = torch.rand(length, len(sampler.hidden)), torch.tensor([0])
         head = base_model(policy).get_output_embeddings()
-        decoding = sampling.Decoding(sampler, head, choose, uniforms, ends=ids, never=ids)
+        decoding = Decoding(sampler, head, choose, uniforms, ends=ids, never=ids)
         decoding.draw(sampler.hidden)
         live.stage = f"{live.stage}, one token"
         decoding.step(length)
@@ -271,7 +274,7 @@ def _parts_named(live: LiveBytes, policy: nn.Module, on_gpu: bool) -> Iterator[N
         *(named("vision tower", module, "forward") for module in others),
         named("logits", forward, "_chunk_logprobs"),
         named("attention product", attention, "packed_attention"),
-        named("attention product", sampling.SamplingCache, "attend"),
+        named("attention product", SamplingCache, "attend"),
     ]
     parts = {"self_attn": "attention", "linear_attn": "attention", "mlp": "feed-forward"}
     for name, module in inner.named_modules():

@@ -25,7 +25,7 @@ from sayo.model.families import PatchRows, pictures_of
 from sayo.model.forward import compute_dtype
 from sayo.model.loading import load_processor
 from sayo.model.prompts import Prompt, encode_prompt
-from sayo.model.sampling import CPU_SAMPLING_TOKENS, groups_that_fit
+from sayo.model.sampling.cache import CPU_SAMPLING_TOKENS, groups_that_fit
 from sayo.settings import ConfigError
 
 GB = 10**9

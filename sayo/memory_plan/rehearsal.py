@@ -13,7 +13,8 @@ from torch import Tensor
 from sayo.memory_plan.longest import evaluated_at_a_time, longest_prompt, side_by_side
 from sayo.model.forward import autocast, evaluating
 from sayo.model.prompts import base_model, encode_prompt, image_features, model_device, vision_is_frozen
-from sayo.model.sampling import default_sampling_tokens, is_packed, make_sampler
+from sayo.model.sampling.cache import default_sampling_tokens
+from sayo.model.sampling.samplers import is_packed, make_sampler
 from sayo.run.processes import is_sharded
 from sayo.settings import ConfigError
 
@@ -46,7 +47,8 @@ def run_largest(train_step: Callable, state, model, processor, example: dict, gr
         loss.backward()
         return fault
 
-    config = replace(config, groups_per_step=groups, num_iterations=1, min_new_tokens=config.max_new_tokens)
+    once = {"groups_per_step": groups, "num_iterations": 1, "dynamic_sampling": 1}
+    config = replace(config, **once, min_new_tokens=config.max_new_tokens)
     no_update = SimpleNamespace(beta=state.beta, backward=backward, update=lambda _: 0.0)
     # No collectives: a rank that runs out of memory must not leave the others waiting in one.
     alone = SimpleNamespace(device=model_device(model), process_index=0, num_processes=1)

@@ -66,12 +66,17 @@ class SamplingConfig(Settings):
     temperature: float = option(
         1.0, "Temperature of sampling, entropies and log-probs.", above=0, hint="1.0 samples from the policy itself"
     )
+    sampling_temperature: float | None = option(None, "Temperature of sampling alone; none: temperature.", above=0)
     top_p: float = option(0.9, "Nucleus sampling: the fewest tokens of this probability; 1: all.", above=0, at_most=1)
+    top_k: int | None = option(None, "Sample from the k most probable tokens; none: all.", at_least=1)
+    min_p: float = option(0.0, "Leave out tokens below this share of the largest probability.", at_least=0, at_most=1)
+    repetition_penalty: float = option(1.0, "Above 1, tokens that the text holds become less likely.", above=0)
 
     def sampling_arguments(self) -> dict:
         """Keyword arguments for rollout.sample_groups."""
-        names = ("num_generations", "max_new_tokens", "min_new_tokens", "temperature", "top_p")
-        return {name: getattr(self, name) for name in (*names, "system_prompt", "sampling_tokens")}
+        names = ("num_generations", "max_new_tokens", "min_new_tokens", "top_p", "top_k", "min_p", "repetition_penalty")
+        found = {name: getattr(self, name) for name in (*names, "system_prompt", "sampling_tokens")}
+        return found | {"temperature": self.sampling_temperature or self.temperature}
 
     def problems(self) -> list[str]:
         found = super().problems()

@@ -3,7 +3,7 @@
 import math
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -89,10 +89,11 @@ class StepLog:
     """Collects the metrics of one training step, and a sample of this process for samples.jsonl.
 
     Args:
-        accelerator: its device and its reduce and gather are used. weights: of the reward components.
+        accelerator: its device and its reduce and gather are used.
+        weights: gives those of the reward components, from a group's scores.
     """
 
-    def __init__(self, accelerator, weights: dict[str, float]):
+    def __init__(self, accelerator, weights: Callable[[dict], dict[str, float]]):
         self.accelerator, self.weights = accelerator, weights
         self.seconds: dict[str, float] = {}
         self.tokens: Counter[str] = Counter()
@@ -116,7 +117,7 @@ class StepLog:
         Args:
             stats: further numbers about it, such as its loss. fault: the first thing that was not finite, or None.
         """
-        self.rows.append(group_metrics(group, scores, advantages, self.weights) | stats)
+        self.rows.append(group_metrics(group, scores, advantages, self.weights(scores)) | stats)
         sampled = sum(map(len, group.completions))
         packed = len(group.prompt.input_ids) + sampled
         self.tokens.update({"score": packed, "update": packed})

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 from importlib.metadata import version
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from sayo.model.prompts import base_model
 from sayo.run.files import stored_json, write_whole
 from sayo.settings import ConfigError
 
-MUST_STAY = ("examples", "eval_examples", "model", "adapter", "number_format")  # of run.json
+MUST_STAY = ("examples", "eval_examples", "model", "adapter", "number_format", "reward_file")  # of run.json
 SHOULD_STAY = ("device", "processes", "versions")  # of run.json: where they change, the last bits may differ
 
 
@@ -111,7 +112,10 @@ def ensure_same_settings(rows: Path, settings: dict, defaults: dict) -> None:
 
 def built_from(config, examples, held_out, model, accelerator) -> dict:
     """The content of run.json: what a run is built from beside its settings. held_out may be None."""
+    files = [Path(re.sub(r"(?<=\.py):.*", "", name)).expanduser() for name in config.reward_file or ()]
+    rewards = {path.name: hashlib.sha256(path.read_bytes()).hexdigest()[:16] for path in files}
     return loaded_from(config.policy_arguments(0), model) | {
+        "reward_file": rewards or None,
         "examples": _name_of(examples),
         "eval_examples": _name_of(held_out) if held_out else None,
         "device": accelerator.device.type,
@@ -137,8 +141,8 @@ def check_built_from(former: dict, config, now: dict) -> list[str]:
         ConfigError: examples, model, adapter or number format changed.
     """
     called = {"examples": f"data={config.data!r}", "eval_examples": f"eval_data={config.eval_data!r}"}
-    differ = [name for name in (*MUST_STAY, *SHOULD_STAY) if name in former and former[name] != now[name]]
-    said = {name: f"{called.get(name, name)}: {former[name]} then, {now[name]} now" for name in differ}
+    differ = [name for name in (*MUST_STAY, *SHOULD_STAY) if name in former and former[name] != now.get(name)]
+    said = {name: f"{called.get(name, name)}: {former[name]} then, {now.get(name)} now" for name in differ}
     if "number_format" in said:
         said["number_format"] += f", --dtype {former['number_format'].removeprefix('torch.')} is that of then"
     refused = [said[name] for name in differ if name in MUST_STAY]

@@ -11,7 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from sayo.model import attention
 from sayo.model.attention import AttentionProbe, PackedGroup, packed_attention
 from sayo.model.packing import dense_mask
-from sayo.model.sampling import SamplingCache
+from sayo.model.sampling.cache import SamplingCache
 
 SCALING = 0.3
 

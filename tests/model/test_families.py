@@ -17,11 +17,12 @@ from oracle import boxes_in, encoded, logps, plain_logprobs
 from PIL import Image
 
 from rollout import group_generator, sample_groups
-from sayo.model import families, sampling
+from sayo.model import families
 from sayo.model.families import PolicyError, pictures_of
 from sayo.model.forward import group_logprobs, token_statistics
 from sayo.model.loading import load_policy, load_processor
 from sayo.model.prompts import base_model, encode_prompt, image_features, region_coverage, token_cells, vision_is_frozen
+from sayo.model.sampling import samplers
 from train_rl import Config, TrainState, train_step
 
 ATTENTION_OUTPUT = ("attn.proj", "attn.out_proj", "attention.projection_layer")
@@ -196,11 +197,11 @@ def test_sampling_is_the_same_with_a_tree_and_with_rows(policies, examples, fami
     model, processor = policies[family]
     ordinary = torch.cat(ragged_completions(processor, (400,)))
     monkeypatch.setattr("rollout.eos_token_ids", lambda *_: set(ordinary[:40].tolist()))
-    made, make_sampler = [], sampling.make_sampler
+    made, make_sampler = [], samplers.make_sampler
     monkeypatch.setattr("rollout.make_sampler", lambda *some: made.append(make_sampler(*some)) or made[-1])
     found, options = {}, {"num_generations": 5, "max_new_tokens": 12}
     for layout in ("packed", "padded"):
-        monkeypatch.setattr(sampling, "model_layout", lambda *_, layout=layout: layout)
+        monkeypatch.setattr(samplers, "model_layout", lambda *_, layout=layout: layout)
         generators = [group_generator("tree and rows", number) for number in range(2)]
         groups = sample_groups(model, processor, examples[:2], **options, generators=generators)
         found[layout] = [completion.tolist() for group in groups for completion in group.completions]

@@ -11,10 +11,11 @@ from transformers import AutoConfig
 
 import rollout
 from rollout import group_generator, sample_groups
-from sayo.model import sampling
 from sayo.model.loading import load_policy
 from sayo.model.prompts import base_model, encode_prompt
-from sayo.model.sampling import DECODES, Decoding, TreeSampler, choose_tokens
+from sayo.model.sampling import cache, tokens
+from sayo.model.sampling.samplers import DECODES, Decoding, TreeSampler
+from sayo.model.sampling.tokens import choose_tokens
 from tools.workloads import build_model, example, generate, step_launches
 
 
@@ -53,8 +54,8 @@ def test_a_step_is_one_graph_that_is_compiled_once_and_whose_buffers_stay(decodi
     _, compiled = decoding_of()
     counter = torch._dynamo.testing.CompileCounter()
     step = torch.compile(compiled._step, fullgraph=True, backend=counter, dynamic=False)
-    cache, own = compiled.sampler.cache, [compiled.tokens, compiled.ended, compiled.finite, compiled.position]
-    buffers = [part for parts in (*cache.prompts.values(), *cache.completions.values(), own) for part in parts]
+    held, own = compiled.sampler.cache, [compiled.tokens, compiled.ended, compiled.finite, compiled.position]
+    buffers = [part for parts in (*held.prompts.values(), *held.completions.values(), own) for part in parts]
     addresses = [buffer.data_ptr() for buffer in buffers]
     for number in range(1, 40):
         window = 32 if number <= 32 else 40
@@ -79,7 +80,7 @@ def test_what_the_host_reads_less_often_changes_no_draw(policies, examples, monk
         return [ids.tolist() for group in groups for ids in group.completions]
 
     expected, often = sampled(), list(looks)
-    monkeypatch.setattr(sampling, "MAY_WAIT", ())
+    monkeypatch.setattr(tokens, "MAY_WAIT", ())
     assert sampled() == expected and 1 < len(looks) <= 6 < len(often)
     assert len({len(ids) for ids in expected}) > 3
     assert len(set(often)) > 2, "rows that have ended leave"
@@ -130,19 +131,19 @@ def test_a_large_vocabulary_is_not_sorted_and_draws_the_same_tokens(monkeypatch,
     logits[:, 100:120] = logits[:, :20]  # equal ones come in the order of the vocabulary
     uniforms = torch.linspace(0, 0.9999, 40)
     whole = choose_tokens(logits, uniforms, top_p=top_p)
-    monkeypatch.setattr(sampling, "SORTED", 60)
+    monkeypatch.setattr(tokens, "SORTED", 60)
     assert torch.equal(choose_tokens(logits, uniforms, top_p=top_p), whole)
     largest = logits.softmax(-1).topk(60).values
     if top_p == 1 or (largest.sum(-1) > top_p).all():  # else a card's set is another one, as likely
-        monkeypatch.setattr(sampling, "MAY_WAIT", ())
+        monkeypatch.setattr(tokens, "MAY_WAIT", ())
         found = choose_tokens(logits, uniforms, top_p=top_p)
         is_sorted = logits.softmax(-1).gather(-1, whole[:, None])[:, 0] > largest[:, -1]
         assert torch.equal(found[is_sorted], whole[is_sorted]) and is_sorted.sum() >= 10
 
 
 def test_tokens_after_the_sorted_ones_keep_their_probability_on_a_card(monkeypatch):
-    monkeypatch.setattr(sampling, "SORTED", 3)
-    monkeypatch.setattr(sampling, "MAY_WAIT", ())
+    monkeypatch.setattr(tokens, "SORTED", 3)
+    monkeypatch.setattr(tokens, "MAY_WAIT", ())
     logits, count = torch.randn(1, 12, generator=torch.Generator().manual_seed(0)), 30_000
     drawn = choose_tokens(logits.expand(count, -1), torch.rand(count, generator=group_generator(1)))
     torch.testing.assert_close(torch.bincount(drawn, minlength=12) / count, logits[0].softmax(-1), atol=0.012, rtol=0)
@@ -158,14 +159,14 @@ def test_groups_that_share_a_cache_on_a_card_follow_its_free_memory(
     """Of Qwen3-VL-4B: 147 kB of keys and values for a token, 6 MB of logits for a row."""
     text = AutoConfig.from_pretrained(Path(__file__).parents[1] / "qwen3_vl" / "4b").get_text_config()
     sizes = 928, num_generations, 110
-    assert sampling.groups_that_fit(text, free * 10**9, *sizes, torch.bfloat16, in_4bit) == groups
+    assert cache.groups_that_fit(text, free * 10**9, *sizes, torch.bfloat16, in_4bit) == groups
     model = SimpleNamespace(config=text, is_loaded_in_4bit=in_4bit)
     text.get_text_config = lambda: text
-    monkeypatch.setattr(sampling, "model_device", lambda _: torch.device("cuda"))
-    monkeypatch.setattr(sampling, "compute_dtype", lambda _: torch.bfloat16)
+    monkeypatch.setattr(cache, "model_device", lambda _: torch.device("cuda"))
+    monkeypatch.setattr(cache, "compute_dtype", lambda _: torch.bfloat16)
     memory = {"mem_get_info": (free * 10**9 - 100, None), "memory_reserved": 300, "memory_allocated": 200}
     for name, value in memory.items():
         monkeypatch.setattr(torch.cuda, name, lambda _, value=value: value)
-    assert sampling.default_sampling_tokens(model, *sizes) == groups * (928 + num_generations * 110)
+    assert cache.default_sampling_tokens(model, *sizes) == groups * (928 + num_generations * 110)
     monkeypatch.undo()
-    assert sampling.default_sampling_tokens(policy[0], *sizes) == 8192
+    assert cache.default_sampling_tokens(policy[0], *sizes) == 8192

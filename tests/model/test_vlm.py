@@ -12,7 +12,7 @@ from sayo.model.forward import evaluating, group_logprobs, resolve_layers, row_l
 from sayo.model.loading import load_policy
 from sayo.model.packing import packed_layout, split_by_tokens
 from sayo.model.prompts import base_model, encode_prompt
-from sayo.model.sampling import eos_token_ids, suppressed_token_ids
+from sayo.model.sampling.tokens import eos_token_ids, suppressed_token_ids
 
 
 @pytest.mark.parametrize(("family", "layout"), LAYOUTS)

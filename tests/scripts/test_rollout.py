@@ -19,7 +19,7 @@ from sayo.examples.load import load_examples
 from sayo.examples.pictures import DataError
 from sayo.model.loading import load_policy
 from sayo.model.prompts import base_model, check_prompts, encode_prompt
-from sayo.model.sampling import choose_tokens, eos_token_ids, suppressed_token_ids
+from sayo.model.sampling.tokens import choose_tokens, eos_token_ids, suppressed_token_ids
 from sayo.run.files import keep_steps_until
 from sayo.settings import ConfigError, read_jsonl
 
@@ -98,15 +98,41 @@ def test_sampled_tokens_follow_the_softmax():
     assert frequencies[4] == 0
 
 
-@settings(max_examples=60, deadline=None)
-@given(st.lists(st.floats(-20, 20), min_size=2, max_size=12), st.floats(0.05, 1.0), st.floats(0, 1, exclude_max=True))
-def test_top_p_keeps_what_transformers_keeps(values, top_p, uniform):
-    from transformers import TopPLogitsWarper
+@settings(max_examples=100, deadline=None)
+@given(
+    st.lists(st.floats(-20, 20), min_size=2, max_size=12),
+    st.floats(0.05, 1.0),
+    st.floats(0, 1, exclude_max=True),
+    st.none() | st.integers(1, 12),
+    st.just(0.0) | st.floats(0.01, 1.0),
+)
+def test_top_k_top_p_and_min_p_keep_what_transformers_keeps(values, top_p, uniform, top_k, min_p):
+    from transformers import MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
     logits = torch.tensor([values])
-    kept = TopPLogitsWarper(top_p)(None, logits.clone()).isfinite()[0]
-    token = choose_tokens(logits, torch.tensor([uniform]), top_p=top_p)
-    assert kept[token] or logits[0, token] == logits[0][kept].min()  # equal logits at the edge may change places
+    kept = TopKLogitsWarper(top_k)(None, logits.clone()) if top_k else logits.clone()
+    kept = MinPLogitsWarper(min_p)(None, TopPLogitsWarper(top_p)(None, kept)).isfinite()[0]
+    token = choose_tokens(logits, torch.tensor([uniform]), top_p=top_p, top_k=top_k, min_p=min_p)
+    smallest = logits[0][kept].min()
+    # Equal logits at the edge may change places; and shares of the largest probability are rounded.
+    assert kept[token] or logits[0, token] == smallest or (min_p and logits[0, token] >= smallest - 1e-5)
+
+
+@pytest.mark.parametrize("family", ["internvl", "qwen3_5"])
+def test_a_repetition_penalty_gives_what_generate_gives(policies, examples, family):
+    model, processor = policies[family]
+    plain, penalized = (
+        sample_group(model, processor, examples[0], **GREEDY, repetition_penalty=penalty) for penalty in (1.0, 1.7)
+    )
+    inputs = plain.prompt.model_inputs | {"input_ids": plain.prompt.input_ids[None]}
+    never = suppressed_token_ids(model, processor).tolist()
+    options = {"max_new_tokens": 16, "do_sample": False, "repetition_penalty": 1.7, "suppress_tokens": never}
+    found = model.generate(**inputs, **options)[0, len(plain.prompt.input_ids) :]
+    assert penalized.completions[0].tolist() == found.tolist()
+    assert penalized.completions[0].tolist() != plain.completions[0].tolist()
+
+
+GREEDY = {"num_generations": 1, "max_new_tokens": 16, "temperature": 0}
 
 
 @pytest.mark.parametrize("uniform", [0.0, 1 - 2**-24])

@@ -21,7 +21,7 @@ from sayo.model.forward import TokenStatistics
 from sayo.model.loading import load_policy
 from sayo.model.prompts import base_model
 from sayo.run.metrics import advantage_parts, group_metrics, step_metrics, step_notes
-from train_rl import LOSS_TYPES, Config, example_index, group_advantages, grpo_loss
+from train_rl import LOSS_TYPES, Config, example_index, group_advantages, grpo_loss, top_entropy_tokens
 
 
 @settings(max_examples=60)
@@ -30,6 +30,10 @@ def test_advantages_against_numpy(rewards):
     values = np.array(rewards)
     found = group_advantages(torch.tensor(values))
     np.testing.assert_allclose(found, (values - values.mean()) / (values.std(ddof=1) + 1e-4), atol=1e-6)
+    others = [value - np.delete(values, index).mean() for index, value in enumerate(values)]
+    np.testing.assert_allclose(group_advantages(torch.tensor(values), "none", "leave_one_out"), others, atol=1e-6)
+    found = group_advantages(torch.tensor(values), "batch", batch_std=torch.tensor(0.5))
+    np.testing.assert_allclose(found, (values - values.mean()) / 0.5001, atol=1e-6)
     np.testing.assert_allclose(group_advantages(torch.tensor(values), scale="none"), values - values.mean(), atol=1e-6)
     # Rounding in the mean of equal rewards, divided by 1e-4, was up to 5e-3: noise that became gradient.
     assert not group_advantages(torch.full((len(rewards),), rewards[0])).any()
@@ -40,20 +44,29 @@ def ragged(lengths, seed):
     return [-torch.rand(length, generator=generator) * 2 for length in lengths]
 
 
-def trl_loss(new, old, ref, advantages, *, beta, clip_low, clip_high, loss_type, max_new_tokens):
+def trl_loss(
+    new, old, ref, advantages, *, beta, clip_low, clip_high, loss_type, max_new_tokens,
+    importance_sampling_level="token", clip_dual=None, entropies=None, quantile=1.0, kept=None,
+):  # fmt: skip
     """TRL's GRPOTrainer computing the loss of the same numbers, on a padded batch."""
     from trl import GRPOTrainer
 
     pad = partial(torch.nn.utils.rnn.pad_sequence, batch_first=True)
     mask = pad([torch.ones(len(part)) for part in new])
+    mask = mask if kept is None else mask * kept[:, None]
     off = dict.fromkeys("use_vllm use_liger_kernel aux_loss_enabled use_adaptive_entropy".split(), False)
     trainer = MagicMock(beta=beta, epsilon_low=clip_low, epsilon_high=clip_high, loss_type=loss_type, **off)
-    trainer.configure_mock(max_completion_length=max_new_tokens, top_entropy_quantile=1.0, _entropy_bonus_enabled=False)
-    trainer.configure_mock(importance_sampling_level="token", off_policy_mask_threshold=None)
+    trainer.configure_mock(max_completion_length=max_new_tokens, top_entropy_quantile=quantile)
+    trainer.configure_mock(importance_sampling_level=importance_sampling_level, off_policy_mask_threshold=None)
+    trainer.configure_mock(_entropy_bonus_enabled=False)
     trainer.current_gradient_accumulation_steps = trainer.accelerator.num_processes = 1
-    trainer.args.configure_mock(delta=None, steps_per_generation=1, use_bias_correction_kl=False)
+    trainer.args.configure_mock(delta=clip_dual, steps_per_generation=1, use_bias_correction_kl=False)
+    trainer.args.configure_mock(sapo_temperature_pos=1.0, sapo_temperature_neg=1.05)
     trainer.model.training, trainer.accelerator.gather = True, lambda value: value
-    trainer._get_per_token_logps_and_entropies.return_value = (pad(new), torch.zeros_like(mask), None)
+    trainer.accelerator.pad_across_processes = lambda value, **_: value
+    trainer.get_high_entropy_mask = partial(GRPOTrainer.get_high_entropy_mask, trainer)
+    padded_entropies = torch.zeros_like(mask) if entropies is None else pad(entropies)
+    trainer._get_per_token_logps_and_entropies.return_value = (pad(new), padded_entropies, None)
     trainer._metrics = {"train": MagicMock()}
     inputs = {"prompt_ids": torch.zeros(len(new), 1, dtype=torch.long), "prompt_mask": torch.ones(len(new), 1)}
     inputs |= {"completion_ids": torch.zeros_like(mask, dtype=torch.long), "completion_mask": mask}
@@ -62,21 +75,75 @@ def trl_loss(new, old, ref, advantages, *, beta, clip_low, clip_high, loss_type,
     return GRPOTrainer._compute_loss(trainer, MagicMock(), inputs)
 
 
+LENGTHS, ADVANTAGES = (7, 1, 12, 4), torch.tensor([1.2, -0.7, 0.4, -0.9])
+VARIANTS = {  # of every loss type: what our loss and TRL's are given
+    "plain": {},
+    "GSPO": {"importance_sampling_level": "sequence"},
+    "dual clip": {"clip_dual": 1.4},
+    "80/20": {"quantile": 0.2},
+    "truncated masked": {"kept": torch.tensor([True, False, True, True])},
+}
+
+
 @pytest.mark.parametrize("beta", [0.0, 0.3])
+@pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("loss_type", LOSS_TYPES)
-def test_loss_and_gradient_equal_trl(loss_type, beta):
-    lengths = (7, 1, 12, 4)
-    old, ref = ragged(lengths, 1), ragged(lengths, 2)
-    advantages = torch.tensor([1.2, -0.7, 0.4, -0.9])
-    options = {"beta": beta, "clip_low": 0.1, "clip_high": 0.25, "loss_type": loss_type, "max_new_tokens": 20}
+def test_loss_and_gradient_equal_trl(loss_type, variant, beta):
+    old, ref, entropies = (ragged(LENGTHS, seed) for seed in (1, 2, 5))
+    options = {"beta": beta, "clip_low": 0.1, "clip_high": 1.25 if loss_type == "cispo" else 0.25}
+    options |= {"loss_type": loss_type, "max_new_tokens": 20} | VARIANTS[variant]
+    own, theirs = dict(options), options | {"entropies": entropies}
+    if quantile := own.pop("quantile", None):
+        own["policy_tokens"] = top_entropy_tokens(entropies, quantile)
+        assert own["policy_tokens"].sum() == 5  # of 24
     results = []
-    for function in (trl_loss, lambda *a, **k: grpo_loss(*a, **k)[0]):
-        new = [part.clone().requires_grad_() for part in ragged(lengths, 3)]
-        loss = function(new, old, ref, advantages, **options)
+    for function, arguments in ((trl_loss, theirs), (lambda *a, **k: grpo_loss(*a, **k)[0], own)):
+        new = [part.clone().requires_grad_() for part in ragged(LENGTHS, 3)]
+        loss = function(new, old, ref, ADVANTAGES, **arguments)
         loss.backward()
         results.append((loss.detach(), torch.cat([part.grad for part in new])))
     torch.testing.assert_close(*results)
     assert results[0][1].abs().sum() > 0
+
+
+@pytest.mark.parametrize("name", ["importance_sampling_level", "clip_dual", "cispo", "sapo"])
+def test_where_every_ratio_is_one_the_variants_have_one_gradient(name):
+    """With one update for each batch, which Config.notes says."""
+    loss_type = {"cispo": "cispo", "sapo": "sapo"}.get(name, "grpo")
+    given = {"importance_sampling_level": {name: "sequence"}, "clip_dual": {name: 3.0}}.get(name, {"loss_type": name})
+    (note,) = Config(**given).notes()
+    assert f"{next(iter(given))}={next(iter(given.values()))}" in note and "loss_type=" in note
+    assert not Config(**given, num_iterations=2).notes() and not Config().notes()
+    plain = note.rpartition("loss_type=")[2].split()[0]
+    gradients = []
+    for options in ({"loss_type": plain}, {"loss_type": loss_type} | given):
+        new = [part.clone().requires_grad_() for part in ragged(LENGTHS, 3)]
+        config = Config(**options)
+        grpo_loss(new, ragged(LENGTHS, 3), None, ADVANTAGES, beta=0.0, **config.loss_arguments())[0].backward()
+        gradients.append(torch.cat([part.grad for part in new]))
+    torch.testing.assert_close(*gradients)
+
+
+def test_clips_are_those_of_the_method_where_none_is_given():
+    for options, clips in (
+        ({}, (0.2, 0.2)),
+        ({"importance_sampling_level": "sequence"}, (3e-4, 4e-4)),
+        ({"loss_type": "cispo"}, (1.0, 5.0)),
+        ({"importance_sampling_level": "sequence", "clip_high": 0.1}, (3e-4, 0.1)),
+    ):
+        config = Config(**options)
+        assert (config.clip_low, config.clip_high) == clips
+
+
+def test_advantages_of_tokens_weigh_each_token():
+    new, old = (ragged((3, 2), seed) for seed in (1, 2))
+    options = WITHOUT_KL | {"loss_type": "grpo"}
+    by_completion, _ = grpo_loss(new, old, None, torch.tensor([1.0, -0.5]), **options)
+    by_token, _ = grpo_loss(new, old, None, [torch.ones(3), torch.full((2,), -0.5)], **options)
+    assert by_completion == by_token
+    first_only, _ = grpo_loss(new, old, None, [torch.tensor([1.0, 0, 0]), torch.zeros(2)], **options)
+    ratio = (new[0][0] - old[0][0]).exp()
+    assert first_only == pytest.approx(-min(ratio, ratio.clamp(0.8, 1.2)).item() / 6)
 
 
 WITHOUT_KL = {"beta": 0, "clip_low": 0.2, "clip_high": 0.2}
@@ -98,6 +165,7 @@ def test_wrong_arguments_are_refused():
     for function, words in (
         (partial(group_advantages, torch.ones(1)), "num_generations must be 2 or more"),
         (partial(group_advantages, torch.ones(2), "batch"), "scale='batch'"),
+        (partial(group_advantages, torch.ones(2), baseline="rloo"), "baseline='rloo'.*leave_one_out"),
         (partial(loss, beta=0, loss_type="ppo"), "loss_type='ppo'.*'dr_grpo'"),
         (partial(loss, beta=0.1, loss_type="grpo"), "beta=0.1 needs ref_logps"),
     ):
@@ -267,3 +335,15 @@ def test_bad_data_stops_the_run_before_it_starts(tmp_path):
     with pytest.raises(DataError, match=r"gone\.png"):
         run(tmp_path / "run", data=write_jsonl(tmp_path, GOOD | {"image": "gone.png"}))
     assert not (tmp_path / "run").exists()
+
+
+def test_groups_of_equal_rewards_give_way_to_other_prompts_and_a_resumed_run_is_the_same(tmp_path):
+    """DAPO's dynamic sampling, of answers that are equally right or wrong."""
+    options = {"dynamic_sampling": 3, "dynamic_sampling_reward": "accuracy", "num_generations": 2}
+    whole, plain = run(tmp_path / "whole", **options), run(tmp_path / "plain", num_generations=2)
+    counts = [row["resampled_groups"] for row in whole]
+    assert max(counts) > 0 and max(counts) <= 2 and "resampled_groups" not in plain[0]
+    run(tmp_path / "stopped", **options, max_steps=2)
+    assert run(tmp_path / "stopped", **options, resume=True) == whole
+    (problem,) = Config(dynamic_sampling=2, regions="attention").problems()
+    assert "dynamic_sampling=2" in problem
