@@ -32,9 +32,9 @@ from torch.utils.data import Subset
 from tqdm import tqdm
 
 from reward import RewardConfig, extract_answer, score_group, scored_tokens
-from rollout import Group, sample_groups
+from rollout import Group, group_generator, sample_groups
 from sayo.examples.benchmarks import BENCHMARKS, PAPER_NINE, load_benchmark, local_copies, published
-from sayo.examples.load import load_examples
+from sayo.examples.load import DataError, load_examples
 from sayo.model.forward import check_layers
 from sayo.model.loading import load_policy, switched_to
 from sayo.model.prompts import check_prompts
@@ -42,7 +42,7 @@ from sayo.run.config import EXAMPLES_AT_A_TIME, PolicyConfig
 from sayo.run.files import step_of, stored_json, write_whole
 from sayo.run.processes import read_by_main, sync_forwards
 from sayo.run.provenance import digest, ensure_same_examples, ensure_same_settings, example_names, loaded_from
-from sayo.settings import option, read_jsonl, run_command
+from sayo.settings import ConfigError, option, read_jsonl, run_command
 from sayo.show import tables
 from sayo.show.tables import METRICS, compare_policies, format_table, nan_to_none, none_to_nan
 
@@ -62,6 +62,8 @@ class EvaluateConfig(RewardConfig, PolicyConfig):
     benchmark_revisions: list[str] | None = option(None, "Revisions of Hub benchmarks, as name=revision: vstar=COMMIT.")
     output_dir: str | None = option(None, "Folder of answers, resumed there; of benchmarks: evaluations/MODEL.")
     max_new_tokens: int = option(64, "Maximum completion length in tokens; the paper's benchmarks: 2048.", at_least=1)
+    num_samples: int = option(1, "Completions per example; above 1 sampled at temperature, for pass@k.", at_least=1)
+    top_p: float = option(0.9, "Nucleus sampling, where num_samples is above 1.", above=0, at_most=1)
     json: str | None = option(None, "JSON file for the summary and every completion.")
 
     def problems(self) -> list[str]:
@@ -121,14 +123,17 @@ def evaluate_policy(
 
     Returns:
         Rows in the order of the examples. `tas` is NaN for an example without boxes; `length` is in tokens, EOS left
-        out.
+        out. With num_samples above 1, numbers are means over the samples, `texts` and `right` hold each.
     """
     rows, right = [], sum(row["accuracy"] for row in done)
     counts = {"initial": len(done), "total": len(done) + len(examples)}
     progress = tqdm(answered(model, processor, examples, config), description, unit="example", **counts)
     for group, scores in progress:
-        row = {name: float(scores[name][0]) for name in ("accuracy", "format", "tas", "tas_selected")}
+        row = {name: float(scores[name].nanmean()) for name in ("accuracy", "format", "tas", "tas_selected")}
         row |= {"length": group.lengths[0], "truncated": float(group.truncated[0])}
+        if (count := len(group.texts)) > 1:
+            row |= {"length": sum(group.lengths) / count, "truncated": sum(group.truncated) / count}
+            row |= {"texts": group.texts, "right": scores["accuracy"].tolist()}
         row |= {"id": group.example.get("id"), "kind": group.example.get("kind"), "text": group.texts[0]}
         row |= {"said": extract_answer(group.texts[0]), "answer": group.example["answer"]}
         rows.append(row)
@@ -140,11 +145,16 @@ def evaluate_policy(
 
 
 def answered(model, processor, examples: Sequence[dict], config) -> Iterator[tuple[Group, dict[str, Tensor]]]:
-    """The greedy completion of every example, a group of one, with its scores; sampled some at a time."""
+    """The completions of every example, a group, with its scores: one greedy one, or num_samples sampled ones."""
     options = {name: getattr(config, name) for name in ("max_new_tokens", "system_prompt", "sampling_tokens")}
+    options |= {"num_generations": getattr(config, "num_samples", 1), "temperature": 0}
+    if is_sampled := options["num_generations"] > 1:
+        options |= {"temperature": config.temperature, "top_p": config.top_p}
     for start in range(0, len(examples), EXAMPLES_AT_A_TIME):
         batch = [examples[index] for index in range(start, min(start + EXAMPLES_AT_A_TIME, len(examples)))]
-        for group in sample_groups(model, processor, batch, num_generations=1, temperature=0, **options):
+        if is_sampled:
+            options["generators"] = [group_generator(config.seed, "evaluate", example.get("id")) for example in batch]
+        for group in sample_groups(model, processor, batch, **options):
             yield group, score_group(model, group, config)
 
 
@@ -276,12 +286,17 @@ def load_held_out(config):
     """The examples that a training run evaluates before and after, or None."""
     if config.evaluated_data == "none":
         return None
-    options = config.data_arguments() | {"split": config.eval_split, "limit": config.eval_limit}
-    return load_examples(config.evaluated_data, **options, require_boxes=False)
+    box_format = config.box_format if config.eval_box_format == "same" else config.eval_box_format
+    options = {"split": config.eval_split, "limit": config.eval_limit, "box_format": box_format}
+    options = config.data_arguments() | options | {"fields": config.evaluated_fields}
+    try:
+        return load_examples(config.evaluated_data, **options, require_boxes=False)
+    except DataError as error:  # in the names of the flags that these data have
+        raise DataError(re.sub("--(box_format|fields)", r"--eval_\1", str(error))) from error
 
 
-def table_of(data: str, count: int, columns: dict) -> str:
-    return f"{count} examples of {data}, greedy; mean [95 % bootstrap interval]\n{format_table(columns)}"
+def table_of(data: str, count: int, columns: dict, how: str = "greedy") -> str:
+    return f"{count} examples of {data}, {how}; mean [95 % bootstrap interval]\n{format_table(columns)}"
 
 
 def _is_row(value) -> bool:
@@ -293,7 +308,8 @@ def _is_row(value) -> bool:
 
 def settings_of(config: EvaluateConfig, policy: str) -> dict:
     """What the rows of a policy ("base" or "adapter") depend on: fields, and the files of a local model and adapter."""
-    left_out = MAY_CHANGE + (OF_DATA if config.benchmarks else ()) + (("adapter",) if policy == "base" else ())
+    left_out = {*MAY_CHANGE, *(OF_DATA if config.benchmarks else ()), *(("adapter",) if policy == "base" else ())}
+    left_out = left_out - {"seed"} if config.num_samples > 1 else left_out | {"top_p"}
     settings = {name: value for name, value in asdict(config).items() if name not in left_out}
     for name in ("model", "adapter"):
         folder = Path(config.policy_arguments(0)[name] or "")
@@ -307,7 +323,7 @@ def stored_rows(path: Path, settings: dict, questions: dict[str, str]) -> dict[s
     ensure_same_settings(path, settings, asdict(EvaluateConfig()))
     if not path.exists():
         return {}
-    lines = read_jsonl(path)
+    lines = [(line, row) for line, row in read_jsonl(path, skip_damage=True) if _is_row(row) and "asked" in row]
     write_whole(path, "".join(line + "\n" for line, _ in lines))
     rows = {row["id"]: row for row in none_to_nan([row for _, row in lines]) if row["id"] in questions}
     ensure_same_examples(path, {identifier: row["asked"] for identifier, row in rows.items()}, questions)
@@ -348,6 +364,9 @@ def load_tasks(config: EvaluateConfig) -> dict:
 
 def main(config: EvaluateConfig) -> None:
     tasks, folder = load_tasks(config), config.folder()
+    results = [folder / name for name in ("results.json", "table.txt")] if folder else []
+    if (taken := [str(path) for path in results if path.exists()]) and not any(folder.glob("*/*.settings.json")):
+        raise ConfigError(f"{', '.join(taken)}: no evaluation wrote this; give another --output_dir, or move it")
     policies = ("base", "adapter")[: 1 + bool(config.adapter)]
     paths = {(name, policy): folder and folder / name / f"{policy}.jsonl" for name in tasks for policy in policies}
     # Settings are compared, and former answers read, before anything long starts.
@@ -384,7 +403,16 @@ def write_results(config: EvaluateConfig, rows: dict[str, dict[str, list[dict]]]
     counts = {name: len(found["base"]) for name, found in rows.items()}
     parts = []
     for name, columns in reports.items():
-        parts.append(table_of(name if config.benchmarks else config.data, counts[name], columns))
+        how = (
+            f"{config.num_samples} samples at temperature {config.temperature}" if config.num_samples > 1 else "greedy"
+        )
+        parts.append(table_of(name if config.benchmarks else config.data, counts[name], columns, how))
+        for policy, own in rows[name].items():
+            columns[policy] |= tables.pass_at_k(own)
+            shown = [
+                f"{key} {mean:.3f} [{low:.3f}, {high:.3f}]" for key, (mean, low, high) in tables.pass_at_k(own).items()
+            ]
+            parts += [f"{policy}: {', '.join(shown)}"] * bool(shown)
         cut = max(columns[policy]["truncated"][0] for policy in rows[name])
         limit = f"max_new_tokens={config.max_new_tokens}"
         parts += [f"{cut:.0%} of the completions were cut off at {limit}: give more"] * (cut > 0.05)

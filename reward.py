@@ -11,8 +11,9 @@ the region is a coverage in [0, 1] of each image token instead of a list of cell
 import json
 import math
 import random
+import re
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import torch
@@ -26,7 +27,7 @@ from sayo.grader.grader import answer_block, extract_answer, is_correct
 from sayo.model.forward import TokenStatistics, check_layers, evaluating, token_statistics
 from sayo.model.loading import load_policy
 from sayo.model.prompts import Prompt, encode_prompt
-from sayo.run.config import PolicyConfig
+from sayo.run.config import LOWEST_TEMPERATURE, PolicyConfig
 from sayo.settings import ConfigError, Settings, option, read_jsonl, run_command, writable
 
 __all__ = ["RewardConfig", "attention_reward", "extract_answer", "format_reward", "is_correct", "score_group"]
@@ -55,7 +56,7 @@ class RewardConfig(Settings):
     reward_weights: list[str] | None = option(None, "Weights of your own rewards, as name=number; 1 where not given.")
     format_min_tokens: int | None = option(None, "Lower the format reward below this length (paper: 60).", at_least=1)
     format_max_tokens: int | None = option(None, "Lower the format reward above this length (paper: 100).", at_least=1)
-    temperature: float = option(1.0, "Temperature of sampling, entropies and log-probs.", above=0)
+    temperature: float = option(1.0, "Temperature of sampling, entropies and log-probs.", at_least=LOWEST_TEMPERATURE)
 
     def problems(self) -> list[str]:
         found = super().problems()
@@ -162,13 +163,15 @@ def target_attention_score(target: Tensor, image: Tensor, eps: float = 1e-8) -> 
 
 
 def format_reward(text: str, num_tokens: int, min_tokens: int | None = None, max_tokens: int | None = None) -> float:
-    """1 for exactly one <answer>...</answer> with text in it and reasoning before it, else 0.
+    """1 for exactly one <answer>...</answer> behind any thinking, with text in it and reasoning before it, else 0.
+
+    Empty tags, such as <think></think>, are no reasoning.
 
     With a window, length scales it as in SAYO's released script: 0.6 * n / min_tokens below it, 0.6 * max_tokens / n
     above it.
     """
     block = answer_block(text)
-    if block is None or not text[: block[0]].strip():
+    if block is None or not re.sub(r"</?\w+>", "", text[: block[0]]).strip():
         return 0.0
     if min_tokens is not None and num_tokens < min_tokens:
         return 0.6 * num_tokens / min_tokens
@@ -312,6 +315,8 @@ def score_statistics(group: Group, config) -> dict[str, Tensor]:
     statistics, prompt = group.statistics, scored_prompt(group, config)
     num_target = float(prompt.coverage.sum())
     num_image = len(prompt.coverage) if prompt.counted is None else int(prompt.counted.sum())
+    # No more than these fields: a reward that needed one of training alone would break this file's own command.
+    rewarded = RewardConfig(**{entry.name: getattr(config, entry.name) for entry in fields(RewardConfig)})
     rows = []
     for index, (text, length) in enumerate(zip(group.texts, group.lengths, strict=True)):
         target, image = (part[index][:length] for part in (statistics.target_attention, statistics.image_attention))
@@ -320,7 +325,7 @@ def score_statistics(group: Group, config) -> dict[str, Tensor]:
             chosen = scored_tokens(group.completions[index][:length], statistics.entropies[index][:length], config)
         is_right = is_correct(text, group.example)
         tokens = (part[index][:length] for part in (statistics.logps, statistics.entropies))
-        parts = *tokens, target, image, chosen.to(target.device), num_target, num_image, is_right, config
+        parts = *tokens, target, image, chosen.to(target.device), num_target, num_image, is_right, rewarded
         sampled = group.completions[index][:length], group.truncated[index]
         completion = Completion(text, group.example, *sampled, *parts)
         row = rewards_of(completion)

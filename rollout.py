@@ -29,6 +29,7 @@ from sayo.model.prompts import (
     base_model,
     check_prompt_length,
     check_prompts,
+    completion_texts,
     encode_prompt,
     max_positions,
     model_device,
@@ -128,7 +129,7 @@ def sample_groups(
         for part in split_by_tokens(sizes, tokens if is_packed(model) else 0):
             sampled = (model, processor, prompts[part], num_generations)
             completions += sample_completions(*sampled, generators=generators[part], **options)
-    texts = processor.tokenizer.batch_decode(completions, skip_special_tokens=True)
+    texts = completion_texts(processor, completions)
     ends = eos_token_ids(model, processor)
     truncated = [int(completion[-1]) not in ends for completion in completions]
     groups = []
@@ -221,7 +222,7 @@ def main(config: RolloutConfig) -> None:
     if output.exists() and not config.resume:
         raise ConfigError(f"output={config.output!r} exists: add --resume to continue it, or give another name")
     if output.exists():
-        rows = read_jsonl(output)
+        rows = read_jsonl(output, skip_damage=True)
         if any("completion_ids" not in row for _, row in rows):
             raise ConfigError(f"output={config.output!r} was not written by rollout.py: give another name")
         done = {row["id"]: row.get("asked") for _, row in rows}

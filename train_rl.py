@@ -25,16 +25,20 @@ from evaluate import BeforeAfter, load_held_out
 from reward import COMPONENTS, RewardConfig, group_statistics, reward_weights, score_group, score_statistics
 from rollout import Group, group_generator, sample_groups
 from sayo.examples.load import load_examples
+from sayo.examples.regions import BOX_FORMATS
+from sayo.examples.rows import parse_fields
 from sayo.extensions.attention_regions import RegionsConfig, attention_regions
 from sayo.extensions.ease import ease_layer, ease_loss, target_map
 from sayo.memory_plan.rehearsal import rehearse
 from sayo.model.forward import compute_dtype, evaluating
+from sayo.model.loading import fill_in_lora, lora_problems
 from sayo.model.prompts import check_prompts
 from sayo.run.config import PolicyConfig, SamplingConfig
 from sayo.run.files import load_state
 from sayo.run.folder import open_run
 from sayo.run.metrics import StepLog, not_finite
 from sayo.run.processes import average_gradients, load_for_training, make_accelerator, sync_forwards
+from sayo.run.provenance import as_meant
 from sayo.run.stopping import Stopped, StopSignals
 from sayo.settings import option, run_command
 from vlm import group_logprobs
@@ -79,15 +83,21 @@ class Config(RegionsConfig, RewardConfig, SamplingConfig, PolicyConfig):
     weight_decay: float = option(0.01, "AdamW's weight decay.", at_least=0)
     max_grad_norm: float = option(0.8, "Clip gradients to this norm.", above=0)
     max_skipped_steps: int = option(10, "Stop after this many consecutive steps with non-finite gradients.", at_least=1)
-    lora_rank: int = option(16, "Rank of the LoRA adapter; with it off, the model is the KL reference.", at_least=1)
-    lora_alpha: int = option(32, "LoRA's alpha.", at_least=1)
-    lora_targets: str = option("language", "Linear layers that LoRA adapts.", ("language", "all-linear"))
+    lora_rank: int | None = option(None, "Rank of LoRA, by default 16 or that of --adapter.", at_least=1)
+    lora_alpha: int | None = option(None, "LoRA's alpha, by default 32 or that of --adapter.", at_least=0)
+    lora_targets: str | None = option(
+        None, "Linear layers that LoRA adapts, by default language or those of --adapter.", ("language", "all-linear")
+    )
     gradient_checkpointing: bool = option(False, "Recompute activations in backward: slower, much less memory.")
     save_steps: int = option(50, "Steps between checkpoints.", at_least=1)
     save_total_limit: int | None = option(None, "Keep only the newest N checkpoints; none keeps all.", at_least=1)
     resume: bool = option(False, "Resume from output_dir's newest whole checkpoint; without a run there, start one.")
     eval_data: str | None = option(None, "Data to evaluate before and after, or none; scenes:heldout for scenes.")
     eval_split: str = option("test", "Split of eval_data.")
+    eval_box_format: str = option("same", "Box format of eval_data; same: box_format.", ("same", *BOX_FORMATS))
+    eval_fields: list[str] | None = option(
+        None, "Columns of eval_data, like fields; none: sayo's own. Default: fields."
+    )
     eval_limit: int | None = option(512, "Evaluate on the first N examples of eval_data.", at_least=1)
     report_to: str = option("tensorboard", "Where to log: an Accelerate tracker.", ("tensorboard", "wandb", "none"))
     plan: bool = option(False, "Print how much memory the run will take, by stage, and stop before weights are loaded.")
@@ -95,13 +105,18 @@ class Config(RegionsConfig, RewardConfig, SamplingConfig, PolicyConfig):
     try_biggest: bool = option(True, "Rehearse the data's largest step first: a lack of memory shows at once.")
 
     def __post_init__(self):
-        clips = CLIPS["cispo" if self.loss_type == "cispo" else self.importance_sampling_level]
+        clips = CLIPS.get("cispo" if self.loss_type == "cispo" else self.importance_sampling_level, CLIPS["token"])
         for name, value in zip(("clip_low", "clip_high"), clips, strict=True):
             if getattr(self, name) is None:
                 setattr(self, name, value)
+        fill_in_lora(self)
+
+    @classmethod
+    def from_file(cls, path, values: dict) -> dict:
+        return as_meant(path, values)
 
     def problems(self) -> list[str]:
-        found = super().problems()
+        found = super().problems() + lora_problems(self)
         if self.num_generations < 2:
             found.append(f"num_generations={self.num_generations}: give 2 or more; advantages compare completions")
         if self.report_to in ("tensorboard", "wandb") and find_spec(self.report_to) is None:
@@ -116,7 +131,13 @@ class Config(RegionsConfig, RewardConfig, SamplingConfig, PolicyConfig):
         if self.ease_weight and self.num_iterations > 1:
             fix = "give 1; the loss is taken on the policy that sampled"
             found.append(f"ease_weight={self.ease_weight} with num_iterations={self.num_iterations}: {fix}")
-        return found
+        return found + [f"eval_fields: {problem}" for problem in parse_fields(self.evaluated_fields)[1]]
+
+    @property
+    def evaluated_fields(self) -> list[str]:
+        """The columns of eval_data."""
+        own = self.fields if self.eval_fields is None else self.eval_fields
+        return [] if own == ["none"] else own or []
 
     @property
     def needs_boxes(self) -> bool:

@@ -37,6 +37,7 @@ from transformers import Qwen2Tokenizer, Qwen3VLForConditionalGeneration, Qwen3V
 from reward import is_correct
 from sayo.examples.scenes.scenes import COLORS, LETTERS, SHAPES, Scenes
 from sayo.model.prompts import SYSTEM_PROMPT, prompt_text
+from sayo.settings import protect_output
 
 SPECIAL_NAMES = "endoftext im_start im_end object_ref_start object_ref_end box_start box_end quad_start quad_end"
 SPECIAL_NAMES += " vision_start vision_end vision_pad image_pad video_pad"
@@ -353,6 +354,7 @@ def main() -> None:
     add("--tokenizer_examples", type=int, default=4000, help="examples that the tokenizer reads")
     add("--checkpoints", type=Path, help="folder that keeps the policy of each look")
     arguments = parser.parse_args()
+    protect_output()
     build(arguments.out, arguments)
 
 

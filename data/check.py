@@ -9,6 +9,7 @@ weights) prompts are measured and the sheet shows, beside the boxes, the image t
 attention reward will take for the region.
 """
 
+import itertools
 import json
 import math
 import statistics
@@ -26,10 +27,12 @@ from tqdm import tqdm
 from sayo.examples.load import Examples, load_examples
 from sayo.examples.pictures import DataError, load_mask, picture_size
 from sayo.examples.regions import fit_regions, paint_region, regions_of
+from sayo.grader.grader import choice_labels, compared_as
+from sayo.grader.notation import normalized
 from sayo.model.loading import load_processor
 from sayo.model.prompts import bad_prompts, encode_prompt, token_cells
 from sayo.run.config import PolicyConfig
-from sayo.settings import option, run_command, writable
+from sayo.settings import no_bar, option, run_command, writable
 from sayo.show.heat import outline_region
 from sayo.show.plots import drawing
 
@@ -37,11 +40,16 @@ THUMBNAIL = 256  # longest side, in pixels, of the canvas on which regions are m
 PANEL = 800  # longest side, in pixels, of a picture on the sheet
 KINDS = ("pictures", "boxes", "polygons", "masks", "choices")  # that a row has some of
 FIGURES = ("picture width", "picture height", "share of a picture in its region", "characters of a question")
+READ_OTHERWISE = "have an answer that is not read as it is written"
 NOTES = (  # on rows that training takes
     "have a region of more than half of a picture: attention on it says little about looking",
     "have a region of less than a thousandth of a picture: less than a token for most models",
-    "have no region: training refuses them unless --bad_rows skip or --attention_weight 0 is given",
+    "have no region: give --regions attention to train on them, --attention_weight 0, or --bad_rows skip to drop them",
     "repeat the question, answer and picture of an earlier row",
+    "have an answer in LaTeX and no answer_type: it is compared as mathematics, too",
+    READ_OTHERWISE,
+    "have an answer that is the text of one choice and the label or index of another: the text counts",
+    "have an answer of more than 200 characters, which only the same text matches",
 )
 
 
@@ -81,8 +89,8 @@ def _scaled(boxes, polygons, scale: float) -> tuple[list, list]:
 def describe(examples: Examples, box_format: str) -> dict:
     """Figures of the good rows, and `notes`: what is allowed but worth a look, with the first id of each."""
     kinds, figures = ({name: [] for name in names} for names in (KINDS, FIGURES))
-    answers, seen, notes = Counter(), {}, {note: [] for note in NOTES}
-    for index in tqdm(range(len(examples)), desc="figures", disable=len(examples) <= 200):
+    answers, compared, seen, notes = Counter(), Counter(), {}, {note: [] for note in NOTES}
+    for index in tqdm(range(len(examples)), desc="figures", disable=no_bar(len(examples) <= 200)):
         example = examples.raw(index)
         own_sizes = [picture_size(image) for image in example["images"]]
         regions = fit_regions(example, own_sizes, box_format)
@@ -94,6 +102,8 @@ def describe(examples: Examples, box_format: str) -> dict:
         for values, more in zip(figures.values(), measured, strict=True):
             values += more
         answers[example["answer"].strip().lower()] += 1
+        way, written = compared_as(example), examples.written(index)["answer"]
+        compared[way] += 1
         counts = (len(own_sizes), *(sum(map(len, part)) for part in (regions["boxes"], polygons)))
         counts += (len([mask for mask in masks if mask]), len(example.get("choices") or []))
         for kind, count in zip(kinds.values(), counts, strict=True):
@@ -101,15 +111,34 @@ def describe(examples: Examples, box_format: str) -> dict:
         asked = (str(example["images"])[:2000], example["question"], example["answer"])
         large, small = any(share > 0.5 for share in own_shares), any(share < 0.001 for share in own_shares)
         applies = (large, small, not own_shares, seen.setdefault(asked, index) != index)
-        for ids, applied in zip(notes.values(), applies, strict=True):
-            ids += [example["id"]] if applied else []
+        applies += (way == "math" and "answer_type" not in example, is_read_otherwise(written, example))
+        applies += (is_ambiguous(example), way != "choices" and len(example["answer"]) > 200)
+        for note in itertools.compress(NOTES, applies):
+            read = f": {written!r:.60} as {example['answer']!r:.60}" if note is READ_OTHERWISE else ""
+            notes[note].append(f"{example['id']!r}{read}")
     top = [(answer, count / len(examples)) for answer, count in answers.most_common(5)]
     found = {f"{name} of a row": spread(counts) | {"rows": len(counts)} for name, counts in kinds.items() if counts}
     found |= {name: spread(values) for name, values in figures.items() if values}
-    listed = [f"{len(ids)} rows {note}, first {ids[0]!r}" for note, ids in notes.items() if ids]
+    listed = [f"{len(ids)} rows {note}, first {ids[0]}" for note, ids in notes.items() if ids]
     if len(examples) >= 20 and top[0][1] > 0.5:
         listed.append(f"{top[0][1]:.0%} of the answers are {top[0][0]!r}: always saying so would be right as often")
-    return {"figures": found, "answers": {"distinct": len(answers), "most common": top}, "notes": listed}
+    of_answers = {"distinct": len(answers), "most common": top, "compared as": dict(compared.most_common())}
+    return {"figures": found, "answers": of_answers, "notes": listed}
+
+
+def is_read_otherwise(written, example: dict) -> bool:
+    """Whether an answer was taken out of tags or a solution, or names a choice by its index or in other words."""
+    first = written[0] if isinstance(written, list) and written else written
+    return str(first).strip() != example["answer"].strip() and example.get("answer_type") != "list"
+
+
+def is_ambiguous(example: dict) -> bool:
+    """Whether the answer is a choice's text and could be the label, or the index from 0, of another one."""
+    choices, said = example.get("choices") or [], normalized(example["answer"])
+    texts = [normalized(choice) for choice in choices]
+    labels = [name.lower() for name in choice_labels(choices)]
+    places = [names.index(said) for names in (labels, list(map(str, range(len(choices))))) if said in names]
+    return said in texts and any(place != texts.index(said) for place in places)
 
 
 def evenly(num_rows: int, count: int) -> list[int]:
@@ -170,7 +199,8 @@ def main(config: CheckConfig) -> None:
     processor = None
     if config.model:
         model = config.policy_arguments(lora_rank=0)["model"]
-        model_config, processor = load_processor(model, revision=config.revision, max_pixels=config.max_pixels)
+        names = ("revision", "max_pixels", "chat_template_kwargs")
+        model_config, processor = load_processor(model, **{name: getattr(config, name) for name in names})
         positions = model_config.get_text_config().max_position_embeddings
         loaded.drop(bad_prompts(positions, processor, loaded, config.system_prompt, config.max_new_tokens))
     if not len(loaded):
@@ -185,6 +215,8 @@ def main(config: CheckConfig) -> None:
         print(f"  {name:<34} {', '.join(f'{key} {value}' for key, value in shown.items())}")
     common = ", ".join(f"{shorten(answer, 30)!r} {share:.1%}" for answer, share in report["answers"]["most common"])
     print(f"  {'answers':<34} {report['answers']['distinct']} distinct: {common}")
+    compared = ", ".join(f"{kind} {count}" for kind, count in report["answers"]["compared as"].items())
+    print(f"  {'answers compared as':<34} {compared}")
     for note in report["notes"]:
         print(f"  note: {note}")
     for line in loaded.skipped[:50]:
@@ -194,7 +226,7 @@ def main(config: CheckConfig) -> None:
     for path in (config.report, config.sheet):
         Path(path or ".").parent.mkdir(parents=True, exist_ok=True)
     if config.report:
-        Path(config.report).write_text(json.dumps(report, ensure_ascii=False, indent=1))
+        Path(config.report).write_text(json.dumps(report, ensure_ascii=False, indent=1), encoding="utf-8")
     if config.sheet:
         drawn = (loaded[index] for index in evenly(len(loaded), config.num_examples))
         draw_sheet(drawn, processor, config.system_prompt, Path(config.sheet))

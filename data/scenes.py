@@ -11,6 +11,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from sayo.examples.scenes.scenes import DEFAULT_SIZES, Scenes
+from sayo.settings import protect_output
 
 
 def write_scenes(scenes: Sequence, folder: Path) -> None:
@@ -30,7 +31,8 @@ def main() -> None:
     parser.add_argument("--split", default="train", choices=tuple(DEFAULT_SIZES), help="default: train")
     parser.add_argument("--count", type=int, default=1000, help="number of examples (default: 1000)")
     arguments = parser.parse_args()
-    write_scenes(Scenes(arguments.split, arguments.count), Path(arguments.out))
+    protect_output()
+    write_scenes(Scenes(arguments.split, arguments.count), Path(arguments.out).expanduser())
     print(f"{arguments.count} examples of scenes:{arguments.split} -> {Path(arguments.out) / 'train.jsonl'}")
 
 

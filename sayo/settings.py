@@ -2,6 +2,7 @@
 
 import argparse
 import difflib
+import io
 import json
 import math
 import os
@@ -48,12 +49,17 @@ def option(default, help: str, choices: tuple | None = None, aliases: tuple = ()
 class Settings:
     """Base of every config class: a dataclass whose fields are made by option()."""
 
+    @classmethod
+    def from_file(cls, path: Path, values: dict) -> dict:
+        """What the values of a YAML file mean; a subclass may read them by the place of the file."""
+        return values
+
     def problems(self) -> list[str]:
         """What is wrong, one sentence each. Subclasses add theirs."""
         found = []
         for entry in fields(self):
             name, value, choices = entry.name, getattr(self, entry.name), entry.metadata["choices"]
-            if choices and value not in choices:
+            if choices and value not in (*choices, None):
                 found.append(f"{name}={value!r}: valid are {_shown(choices)}")
             if isinstance(value, float) and not math.isfinite(value):
                 found.append(f"{name}={value}: give a finite number")
@@ -95,7 +101,7 @@ def writable(config, *names: str, suffixes: tuple = ()) -> list[str]:
         if value is None:
             continue
         path = Path(value)
-        existing = next(parent for parent in path.absolute().parents if os.path.exists(parent))
+        existing = next((parent for parent in path.absolute().parents if os.path.exists(parent)), path)
         if os.path.isdir(path) or not existing.is_dir() or not os.access(existing, os.W_OK):
             found.append(f"{name}={value!r}: give the name of a file in a folder that can be written to")
         elif suffixes and path.suffix.lower() not in suffixes:
@@ -103,13 +109,19 @@ def writable(config, *names: str, suffixes: tuple = ()) -> list[str]:
     return found
 
 
-def read_jsonl(path: Path) -> list[tuple[str, dict]]:
+def read_jsonl(path: Path, *, skip_damage: bool = False) -> list[tuple[str, dict]]:
     """(line, object) of every line. A last one that is cut off was being written when a run stopped: it is left out.
+
+    Args:
+        skip_damage: leave out every line that is not one JSON object. For rows that are written one by one and can be
+            made again: a power cut leaves zeros, or half a character.
 
     Raises:
         ConfigError: the file is no text, or a line is not one JSON object.
     """
     content = Path(path).read_bytes()
+    if skip_damage:
+        content = b"\n".join(line for line in content.split(b"\n") if _is_object(line))
     try:
         text = content.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -132,11 +144,18 @@ def read_jsonl(path: Path) -> list[tuple[str, dict]]:
     return rows
 
 
+def _is_object(line: bytes) -> bool:
+    try:
+        return isinstance(json.loads(line.decode("utf-8")), dict)
+    except (ValueError, RecursionError):
+        return False
+
+
 def read_config(config_class: type, arguments: list[str]):
     """A checked config from command-line arguments.
 
     `--config FILE.yaml` may hold any field; a flag given beside it wins. YAML values are parsed as flags are, so they
-    meet the same type checks.
+    meet the same type checks. A list that is given in several flags is all of them; `~` is the user's home.
 
     Raises:
         ConfigError: unknown fields, values of the wrong type, and everything that the class's problems() finds.
@@ -154,18 +173,28 @@ def read_config(config_class: type, arguments: list[str]):
         from_file, nulls = _yaml_arguments(Path(pairs.config), config_class, found)
         may_be_none = {name for name, kind in get_type_hints(config_class).items() if NoneType in get_args(kind)}
         found += [f"{name} is null: give a value" for name in nulls if name not in may_be_none]
-        parser.set_defaults(**dict.fromkeys(may_be_none.intersection(nulls)))
-        pairs, rest = parser.parse_known_args(from_file + arguments)  # of two values, the last one wins
+        pairs, rest = parser.parse_known_args(from_file)
+        parser.set_defaults(**vars(pairs) | dict.fromkeys(may_be_none.intersection(nulls)))
+        pairs, more = parser.parse_known_args(arguments)
+        rest += more
     for argument in rest:
         if argument.startswith("--"):
             found.append(_unknown(argument[2:].split("=")[0], valid))
         elif not any(entry.startswith("--") for entry in rest):
             found.append(f"{argument!r} belongs to no field: fields are given as --name value")
-    config = config_class(**{name: value for name, value in vars(pairs).items() if name in valid})
+    config = config_class(**{name: _at_home(name, value) for name, value in vars(pairs).items() if name in valid})
     found += config.problems()
     if found:
         raise ConfigError("\n".join(dict.fromkeys(found)))
     return config
+
+
+def _at_home(name: str, value):
+    """A value with the user's home in place of a leading ~, which a shell leaves in YAML and behind an equals sign."""
+    if isinstance(value, list):
+        return [_at_home(name, entry) for entry in value]
+    is_place = isinstance(value, str) and value.startswith("~") and name != "system_prompt"
+    return os.path.expanduser(value) if is_place and not UNWRITABLE.search(value) else value
 
 
 def stored_config(path: Path, config_class: type):
@@ -206,12 +235,20 @@ def _parser(config_class: type) -> argparse.ArgumentParser:
         if kind is bool:
             options |= {"type": _truth, "nargs": "?", "const": True}
         elif get_origin(kind) is list:
-            options |= {"type": get_args(kind)[0], "nargs": "+"}
+            options |= {"type": get_args(kind)[0], "nargs": "+", "action": _Extend}
         parser.add_argument(*_spellings(name), *known["aliases"], **options)
         if options["default"] is True:
             negative = {"dest": name, "default": False, "help": known["help"]}
             parser.add_argument(*_spellings(f"no_{name}"), action="store_false", **negative)
     return parser
+
+
+class _Extend(argparse.Action):
+    """A list given in two flags is both; the first replaces the default, which may be that of a file."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        former = getattr(namespace, self.dest)
+        setattr(namespace, self.dest, values if former is self.default else former + values)
 
 
 def _spellings(name: str) -> list[str]:
@@ -266,12 +303,13 @@ def _yaml_fields(path: Path) -> Iterator[tuple[str, str | list | None | tuple]]:
 def _yaml_arguments(path: Path, config_class: type, found: list[str]) -> tuple[list[str], list[str]]:
     """The fields of a YAML file as flags, and the names of those that are null; what is wrong goes to `found`."""
     try:
-        settings = dict(_yaml_fields(path))
+        settings = config_class.from_file(path, dict(_yaml_fields(path)))
     except (OSError, ValueError, yaml.YAMLError) as error:  # ValueError: not UTF-8, or a zero in the path
         raise ConfigError(f"config={str(path)!r:.200} cannot be read as YAML: {error}") from error
     kinds, arguments = get_type_hints(config_class), []
     unknown = [name for name in settings if name not in kinds]
-    found += [f"{path.name}: {_unknown(name, list(kinds))}" for name in unknown[:MAX_LISTED]]
+    lines = [f"{path.name}: {_unknown(name, list(kinds))}" for name in unknown[:MAX_LISTED]]
+    found += lines[:1] + [line.partition("; valid: ")[0] for line in lines[1:]]  # which are long, and the same
     found += [f"{path.name}: and {len(unknown) - MAX_LISTED} more unknown fields"] if len(unknown) > MAX_LISTED else []
     known = {name: value for name, value in settings.items() if name in kinds}
     for name, value in known.items():
@@ -281,6 +319,8 @@ def _yaml_arguments(path: Path, config_class: type, found: list[str]) -> tuple[l
             dashed = [entry for entry in value if entry.startswith("-") and not re.fullmatch(r"-[0-9]+", entry)]
             found += [f"{name}: {entry!r:.200} begins with a dash: leave it out" for entry in dashed]
             arguments += [] if dashed else [f"--{name}", *value]
+        elif value == "--":  # which argparse drops
+            found.append(f"{name}: '--' cannot be: give another value")
         elif isinstance(value, str):
             arguments.append(f"--{name}={value}")  # "=" also carries values that begin with a dash
         elif value is not None:
@@ -307,13 +347,52 @@ def resume_command() -> str:
     return shlex.join(words + ["--resume"] * ("--resume" not in words))
 
 
+def no_bar(is_short: bool | None = False) -> bool | None:
+    """The `disable` of a tqdm bar: an argument would override TQDM_DISABLE, which hides all of them."""
+    return bool(os.environ.get("TQDM_DISABLE")) or is_short
+
+
+class _Output(io.FileIO):
+    """The file of stdout or stderr; what it does not take (full disk, reader or terminal that is gone) is dropped."""
+
+    def write(self, data) -> int:
+        try:
+            written = super().write(data)
+        except OSError:
+            written = None
+        return len(data) if written is None else written
+
+
+def protect_output() -> None:
+    """From now on no output ends the process: not a dead or full stdout or stderr, not a closed one, and not a
+    character that its encoding lacks, which is written as an escape.
+
+    Exceptions of print and tqdm would end a run, and a buffer that cannot be flushed at the end changes the exit code.
+    """
+    while (handle := os.open(os.devnull, os.O_RDWR)) < 3:  # else the next file that is opened is a closed stream's
+        pass
+    os.close(handle)
+    for name, number in (("stdout", 1), ("stderr", 2)):
+        stream = getattr(sys, name)
+        raw = getattr(stream, "buffer", None)
+        raw = getattr(raw, "raw", raw)
+        if stream is not None and not isinstance(raw, io.FileIO):  # of a notebook or Windows' console
+            continue
+        file = io.BufferedWriter(_Output(number if stream is None else raw.fileno(), "w", closefd=False))
+        by_line = stream is None or stream.line_buffering or stream.write_through
+        encoding = getattr(stream, "encoding", "utf-8")
+        setattr(sys, name, io.TextIOWrapper(file, encoding, "backslashreplace", line_buffering=by_line))
+
+
 def run_command(config_class: type, main: Callable) -> None:
     """Read the config, run main, and turn a problem of the user's into one message and exit code 1.
 
     Of several ranks on one machine only the first prints. A problem of another one is reported, too, but a little
     later: when all have the same, the launcher has ended them before that.
     """
-    name, rank = Path(sys.argv[0]).name, int(os.environ.get("LOCAL_RANK", 0))
+    name, rank = Path(sys.argv[0]).name, os.environ.get("LOCAL_RANK", "0")
+    rank = int(rank) if rank.isdecimal() else 0
+    protect_output()
     try:
         with open(os.devnull, "w", encoding="utf-8") as nowhere:
             out, err = (nowhere, nowhere) if rank else (sys.stdout, sys.stderr)

@@ -20,6 +20,7 @@ HOSTILE = [
     "line\u2028paragraph\u2029end",
     "\u202eturned\u202c \u200f\u200e",
     "nul\x00bell\x07",
+    "filler\u3164 selector\ufe0f joiner\u034f tag\U000e0041",
     "&lt;b&gt; &amp; &#60;",
     "lone \ud800 surrogate",
     "é 🎉 \\u003c \\",

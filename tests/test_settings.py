@@ -1,5 +1,6 @@
 """Settings: flags over YAML over defaults, and every problem reported at once, before anything long starts."""
 
+import json
 import subprocess
 import sys
 from dataclasses import MISSING, asdict, field, fields, make_dataclass
@@ -8,11 +9,13 @@ from typing import get_type_hints
 import pytest
 import yaml
 
+from data.check import CheckConfig
 from evaluate import EvaluateConfig
 from reward import COMPONENTS, ScoreConfig
 from rollout import RolloutConfig
 from sayo.settings import ConfigError, read_config
 from train_rl import Config
+from visualize import VisualizeConfig
 
 
 def test_flags_win_over_yaml_and_yaml_over_defaults(tmp_path):
@@ -23,6 +26,55 @@ def test_flags_win_over_yaml_and_yaml_over_defaults(tmp_path):
         assert read_config(Config, arguments) == expected
     assert read_config(Config, [f"--config={path}", "--eval_limit", "3"]).eval_limit == 3
     assert read_config(Config, []) == Config()
+
+
+@pytest.mark.parametrize(
+    ("flags", "name", "expected", "reason"),
+    [
+        ("--fields id=a --fields answer=b", "fields", ["id=a", "answer=b"], "the last was all of it"),
+        ("--fields id=a image=c --fields=answer=b", "fields", ["id=a", "image=c", "answer=b"], "in either form"),
+        ("--fields id=a", "fields", ["id=a"], "over the file's list, which is not part of it"),
+        ("", "fields", ["question=q"], "the file's"),
+        ("--attention_layers 0 --attention_layers 1 -1", "attention_layers", [0, 1, -1], "without the default"),
+        ("", "attention_layers", [-1], "the default, which no call before has changed"),
+        ("--seed 1 --seed 2", "seed", 2, "of two single values the last wins, as everywhere"),
+    ],
+)
+def test_a_list_in_several_flags_is_all_of_them(tmp_path, flags, name, expected, reason):
+    (tmp_path / "run.yaml").write_text("fields: [question=q]\n")
+    config = read_config(Config, [f"--config={tmp_path}/run.yaml", *flags.split()])
+    assert getattr(config, name) == expected, reason
+
+
+@pytest.mark.parametrize("by_file", [False, True])
+@pytest.mark.parametrize(
+    ("config_class", "name", "value", "expected"),
+    [
+        (Config, "output_dir", "~/run", "{home}/run"),
+        (Config, "model", "~/m", "{home}/m"),
+        (Config, "output_dir", "~", "{home}"),
+        (Config, "allowed_folders", ["~", "{tmp}"], ["{home}", "{tmp}"]),
+        (RolloutConfig, "output", "~/x.jsonl", "{home}/x.jsonl"),
+        (EvaluateConfig, "json", "~/x.json", "{home}/x.json"),
+        (VisualizeConfig, "plots", "~/plots", "{home}/plots"),
+        (CheckConfig, "sheet", "~/sheet.png", "{home}/sheet.png"),
+        (Config, "output_dir", "a/~/run", "a/~/run"),
+        (Config, "output_dir", "~nobody-of-this-name/run", "~nobody-of-this-name/run"),
+        (Config, "system_prompt", "~ look", "~ look"),
+    ],
+)
+def test_a_tilde_in_front_is_the_home_of_the_user(tmp_path, monkeypatch, by_file, config_class, name, value, expected):
+    home = tmp_path / "home"
+    home.mkdir()
+    monkeypatch.setenv("HOME", str(home))
+
+    def filled(text):
+        return [filled(part) for part in text] if isinstance(text, list) else text.format(home=home, tmp=tmp_path)
+
+    (tmp_path / "run.yaml").write_text(json.dumps({name: filled(value)}))  # which is YAML, too; a bare ~ is null there
+    flags = [f"--{name}", *filled(value)] if isinstance(value, list) else [f"--{name}={value}"]
+    config = read_config(config_class, [f"--config={tmp_path}/run.yaml"] if by_file else flags)
+    assert getattr(config, name) == filled(expected)
 
 
 def test_what_a_run_saves_is_a_config_again(tmp_path):
@@ -130,7 +182,13 @@ def test_help_teaches(capsys):
         read_config(Config, ["--help"])
     shown = " ".join(capsys.readouterr().out.split())
     assert stopped.value.code == 0
-    for words in ("--top_fraction", "most uncertain", "default: 0.3", "--config", "{grpo,bnpo,dr_grpo,dapo}"):
+    for words in (
+        "--top_fraction",
+        "most uncertain",
+        "default: 0.3",
+        "--config",
+        "{grpo,bnpo,dr_grpo,dapo,cispo,sapo}",
+    ):
         assert words in shown
 
 
@@ -148,6 +206,8 @@ def test_flags_are_read_as_by_transformers_own_parser(config_class):
     given = ["--limit", "3", "--load_in_4bit", "--seed=7", "--max-pixels", "9", "--fields", "id=a", "answer=b.c"]
     if config_class is Config:
         given += ["--no_try_biggest", "--resume", "f", "--attention_layers", "-1", "2", "--beta", "0", "--adapter=-x"]
+        given += ["--lora_rank", "2", "--lora_alpha", "4", "--lora_targets", "all-linear"]  # else filled in
+        given += ["--clip_low", "0.1", "--clip_high", "0.3"]
     kinds, plain = get_type_hints(config_class), []
     for entry in fields(config_class):  # without the bounds, which argparse does not know
         name = "default_factory" if entry.default is MISSING else "default"

@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 from sayo.memory_plan.plan import planner
 from sayo.model.sampling.cache import CPU_SAMPLING_TOKENS
-from sayo.settings import Settings, option, run_command
+from sayo.settings import Settings, no_bar, option, run_command
 from sayo.show.plots import drawing
 from sayo.show.tables import markdown
 from tools.workloads import (
@@ -278,7 +278,7 @@ def main(config: BenchConfig) -> None:
                 plot_sampling(found["points"], output.with_suffix(".png"))
             print(f"{found['text']}\n-> {output}" + f", {output.with_suffix('.png')}" * config.sampling)
             return
-        for name, setting in tqdm(settings[len(points) :], desc="bench", disable=len(settings) == 1):
+        for name, setting in tqdm(settings[len(points) :], desc="bench", disable=no_bar(len(settings) == 1)):
             points.append(compare(setting, Path(folder), parameters) | {"sweep": name})
             print(table(points[-1]), flush=True)
             output.write_text(json.dumps({"config": asdict(config), "points": points}, indent=1), encoding="utf-8")

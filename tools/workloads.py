@@ -45,7 +45,7 @@ def in_child(module: str, function: str, *arguments, **environment: str):
         ConfigError: the child failed; quotes the end of its stderr.
     """
     known = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1]), "HF_HUB_OFFLINE": "1"} | environment
-    options = {"capture_output": True, "text": True, "env": known, "input": json.dumps(arguments)}
+    options = {"capture_output": True, "text": True, "errors": "replace", "env": known, "input": json.dumps(arguments)}
     done = subprocess.run([sys.executable, "-c", CHILD.format(module, function)], **options)
     if done.returncode:
         raise ConfigError(f"{function} of {module} failed:\n{done.stderr[-3000:]}")

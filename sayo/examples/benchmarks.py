@@ -35,7 +35,7 @@ import pyarrow.compute as pc
 from sayo.examples.benchmark_rows import BenchmarkRows, column_of
 from sayo.examples.load import Examples, checked_examples
 from sayo.examples.pictures import DataError, DataFolder
-from sayo.examples.rows import Rows, open_dataset
+from sayo.examples.rows import Rows, data_files, open_dataset
 
 SHORT = "{question}\nAnswer with a word, a number or a short phrase."
 
@@ -168,7 +168,7 @@ def load_benchmark(
     """
     benchmark = BENCHMARKS[name]
     try:
-        dataset, path = _open(benchmark, copy, revision)
+        dataset, path = _open(benchmark, copy, revision, allowed_folders or ())
     except Exception as error:  # whatever pyarrow, fsspec and the Hub raise
         where = str(copy) if copy else f"{benchmark.source} of the Hub"
         hint = "" if copy else f"; download it and give --benchmark_root {name}=FOLDER"
@@ -184,7 +184,7 @@ def load_benchmark(
     return examples
 
 
-def _open(benchmark: Benchmark, copy: Path | None, revision: str | None) -> tuple:
+def _open(benchmark: Benchmark, copy: Path | None, revision: str | None, allowed_folders: Sequence[str]) -> tuple:
     """The rows, and the folder that picture paths count from; None for a table from the Hub."""
     if copy is None and benchmark.paths:
         from huggingface_hub import snapshot_download
@@ -195,8 +195,12 @@ def _open(benchmark: Benchmark, copy: Path | None, revision: str | None) -> tupl
     copy = copy.expanduser().absolute()
     folder, patterns = (copy.parent, [copy.name]) if copy.is_file() else (copy, benchmark.files)
     files = next(filter(None, (sorted(map(str, folder.glob(pattern))) for pattern in patterns)), None)
+    inside = (DataFolder.of_file if copy.is_file() else DataFolder)(copy, allowed_folders)
     if files is None:
+        data_files(copy, benchmark.split, inside)
         return open_dataset(copy, benchmark.split), folder
+    for file in files:
+        inside.resolve("data file", file)
     import datasets  # slow: not when a script is imported
 
     kind = "parquet" if files[0].endswith(".parquet") else "json"

@@ -2,18 +2,20 @@
 
 An example is a dict with these keys. Other keys (`kind`, `reasoning`, ...) are passed through; null counts as absent.
 
-    image      a picture, or `images`, a list of them; in a file: a path, or {"bytes", "path"} as `datasets` stores it
+    image      a picture, or `images`, a list of them; in a file: a path, base64, or {"bytes", "path"} as in `datasets`
     question   text
-    answer     text or a number. With `choices`: the text of a choice, or its letter A, B, ...
+    answer     text, a number, a boolean or a date, or a list of several right ones: the others are then in
+               `other_answers`. With `choices`: the text of a choice, its letter A, B, ..., or its index from 0. What
+               stands around it in a file is taken off: see sayo/grader/gold.py
     boxes      the regions that the answer rests on: [[x1, y1, x2, y2], ...] in pixels of the original picture with
                EXIF rotation applied, x1 < x2, y1 < y2; for several images a list of such lists
     polygons   further regions: [[[x, y], [x, y], [x, y], ...], ...] in the same unit, or flat as in COCO,
                [[x1, y1, x2, y2, x3, y3, ...], ...]; for several images a list of such lists
     mask       a further region: a picture of exactly the image's size, black outside the region; for several images
                `masks`, a list with one or null for each. A loaded example always has `masks`
-    choices    optional list of texts
-    answer_type  optional: how answers are compared, text (the default), yes_no, number, relaxed_number, math, letter
-               or list, see sayo/grader/grader.py; only math beside `choices`
+    choices    optional list of texts; in a file, also {"A": text, ...} or {"label": [...], "text": [...]}
+    answer_type  optional: how answers are compared, text (the default, and math for LaTeX), yes_no, number,
+               relaxed_number, math, letter or list, see sayo/grader/grader.py; only math beside `choices`
     id         optional, unique; default "FILE:number", counting the lines of a .jsonl from 1, other rows from 0
 
 The region of a question is the union of its boxes, polygons and masks. Files may hold boxes in other formats
@@ -76,6 +78,10 @@ class Examples(Sequence):
         """The example as written: `images` and `masks` undecoded, `boxes` and `polygons` as a list per image."""
         return check_row(self._rows[self._chosen[index]], self._rows.folder)
 
+    def written(self, index: int) -> dict:
+        """The row of an example, unchecked."""
+        return self._rows[self._chosen[index]]
+
 
 def load_examples(
     data: str,
@@ -94,7 +100,8 @@ def load_examples(
     would end it.
 
     data           `scenes`, `scenes:validation`, `scenes:heldout`, `scenes:newtype` (only `split` and `limit` apply to
-                   them); a .jsonl, .json (one list) or .parquet file, with picture paths relative to it; a folder
+                   them); a .jsonl, .json (one list), .csv or .parquet file (VALID_DATA in rows.py has all), or a
+                   pattern for several in one folder, with picture paths relative to it; a folder
                    written by `Dataset.save_to_disk`; any other folder or Hub id that `datasets.load_dataset` reads,
                    owner/name@revision for a branch, tag or commit
     bad_rows       "error" raises when there is any, "skip" drops them, lists them in `.skipped` and prints how many
@@ -102,7 +109,7 @@ def load_examples(
     split          of a folder or Hub id with several
     box_format     how boxes are written, one of BOX_FORMATS in regions.py; polygons are in the same unit
     fields         "name=column" entries for columns with other names, such as "question=query"; a dot reads a nested
-                   column: "answer=label.text"
+                   column, a number one entry of a list: "answer=label.text", "question=turns.0.text"
     allowed_folders  folders, beside the data's own, that pictures and masks may lie in; a path or link to anywhere
                    else makes a row bad
 
@@ -123,16 +130,32 @@ def load_examples(
     if not len(rows):
         raise DataError(f"data {data!r} has no rows; write at least one example")
     rows.rename(fields or ())
-    return checked_examples(rows, box_format, limit=limit, bad_rows=bad_rows, require_boxes=require_boxes)
+    rows.check_columns()
+    return checked_examples(
+        rows, box_format, limit=limit, bad_rows=bad_rows, require_boxes=require_boxes, can_declare=True
+    )
 
 
-def checked_examples(rows: Rows, box_format: str, *, limit: int | None, bad_rows: str, require_boxes: bool) -> Examples:
-    """The good rows as examples; arguments and errors as for load_examples."""
-    chosen, skipped = check_rows(rows, box_format, limit, require_boxes)
-    if skipped and (bad_rows == "error" or not chosen):
-        lines = [f"{len(skipped)} bad and {len(chosen)} good rows in {rows.name}:", *skipped[:MAX_LISTED]]
-        lines += [f"and {len(skipped) - MAX_LISTED} more"] if len(skipped) > MAX_LISTED else []
+def checked_examples(
+    rows: Rows, box_format: str, *, limit: int | None, bad_rows: str, require_boxes: bool, can_declare: bool = False
+) -> Examples:
+    """The good rows as examples; arguments and errors as for load_examples.
+
+    can_declare   whether the user can give another box_format: then a file that seems to have one is an error
+    """
+    chosen, skipped, other_format, misfits = check_rows(rows, box_format, limit, require_boxes)
+    misfits = misfits if can_declare else set()
+    if skipped and (bad_rows == "error" or not chosen or misfits):
+        rest = [message for message in skipped if message not in misfits]
+        lines = [f"{len(skipped)} bad and {len(chosen)} good rows in {rows.name}:"]
+        if misfits:  # the good ones fit by chance
+            first = next(message for message in skipped if message in misfits)
+            fix = f"give --box_format {other_format}"
+            lines.append(f"{len(misfits)} have boxes in another format; {fix}; first: {first}")
+        lines += [*rest[:MAX_LISTED], *([f"and {len(rest) - MAX_LISTED} more"] if len(rest) > MAX_LISTED else [])]
         hint = "--bad_rows skip drops them" if chosen else "no good row is left"
+        if misfits:
+            hint = f"give --box_format {other_format}; no row is skipped before, as the others fit by chance"
         if flag := rows.folder.hint():
             hint += f"; this would allow the folders of files outside: {flag}"
         raise DataError("\n  ".join(lines) + f"\n{hint}")

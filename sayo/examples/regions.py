@@ -7,6 +7,7 @@ to 1) or thousandths (_1000). Fitted regions are in pixels of the picture as a v
 
 import math
 from collections.abc import Sequence
+from contextlib import suppress
 from itertools import chain
 
 import numpy as np
@@ -123,23 +124,35 @@ def fit_box(box, width: int, height: int, box_format: str = "xyxy") -> list:
     name, (form, rule) = f"box {box!r:.200}", FORMS[corners]
     if not isinstance(box, list) or len(box) != 4 or not all(map(is_number, box)):
         raise DataError(f"{name} is not four finite numbers; write boxes as [{form}, ...]")
+    fits = [other for other in BOX_FORMATS if _corners(box, width, height, other)]
+    _check_fractions(name, box, width, height, box_format, [other for other in fits if other.endswith("normalized")])
     if min(box[2:]) <= 0 if corners == "xywh" else box[2] <= box[0] or box[3] <= box[1]:
         other = "xywh" if corners == "xyxy" else "xyxy"
-        fix = f"give --box_format {box_format.replace(corners, other)} for those"
+        same = box_format.replace(corners, other)
+        fix = f"give --box_format {same if same in fits or not fits else ' or '.join(fits)} for those"
         raise DataError(f"{name} has no area; write {form} with {rule}, not {FORMS[other][0]}; {fix}")
-    _check_fractions(name, box, width, height, box_format)
     if fitted := _corners(box, width, height, box_format):
         return fitted
-    inside = [other for other in BOX_FORMATS if _corners(box, width, height, other)]
-    hint = f"; in --box_format {' or '.join(inside)} it would be inside" if inside else ""
+    hint = f"; in --box_format {' or '.join(fits)} it would be inside" if fits else ""
     raise DataError(f"{name} is outside of its picture of {width} x {height} pixels; {UNITS[unit][1]}{hint}")
 
 
-def _check_fractions(name: str, numbers: list, width: int, height: int, box_format: str) -> None:
+def formats_that_fit(example: dict, sizes: Sequence[tuple[int, int]]) -> set[str]:
+    """The box formats in which all regions of an example are good."""
+    found = set()
+    for box_format in BOX_FORMATS:
+        with suppress(DataError):
+            fit_regions(example, sizes, box_format)
+            found.add(box_format)
+    return found
+
+
+def _check_fractions(name: str, numbers: list, width: int, height: int, box_format: str, fits: Sequence = ()) -> None:
     """Raises DataError for numbers from 0 to 1 where they should be pixels or thousandths."""
     corners, _, unit = box_format.partition("_")
     if unit != "normalized" and max(width, height) > 1 and 0 <= min(numbers) and max(numbers) <= 1:
-        fix = f"those take --box_format {corners}_normalized"
+        own = f"{corners}_normalized"  # first
+        fix = f"those take --box_format {' or '.join(sorted(fits, key=lambda other: other != own)) or own}"
         raise DataError(f"{name} looks like fractions of the picture's {width} x {height} pixels; {fix}")
 
 

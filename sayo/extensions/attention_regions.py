@@ -24,9 +24,9 @@ from sayo.model.forward import compute_dtype, evaluating, resolve_layers
 from sayo.model.loading import adapter_off, portable_name
 from sayo.model.packing import layer_types
 from sayo.model.prompts import base_model, question_text
-from sayo.run.processes import read_by_main, sync_forwards
+from sayo.run.processes import launched, read_by_main, sync_forwards
 from sayo.run.provenance import digest
-from sayo.settings import ConfigError, option, read_jsonl
+from sayo.settings import ConfigError, no_bar, option, read_jsonl
 
 AT_A_TIME = 16  # examples of each process between two writes to the file
 
@@ -79,6 +79,8 @@ def region_settings(model, config) -> dict:
     commit = getattr(base_model(model).config, "_commit_hash", None)
     found = {"model": portable_name(name), "files": digest(Path(name)) if Path(name).is_dir() else commit}
     found |= {"dtype": str(compute_dtype(model)).removeprefix("torch."), "region_layers": region_layers(model, config)}
+    if config.chat_template_kwargs:
+        names += ("chat_template_kwargs",)
     return found | {"generic_question": GENERIC_QUESTION} | {name: getattr(config, name) for name in names}
 
 
@@ -144,13 +146,14 @@ def attention_regions(model, processor, examples: Examples, indices: Iterable[in
     from accelerate import PartialState
     from accelerate.utils import gather_object
 
-    state, settings = PartialState(), region_settings(model, config)
+    with launched():
+        state, settings = PartialState(), region_settings(model, config)
     stamp = short_hash(settings)
     parts = [re.sub(r"[^\w.-]+", "-", part)[-60:].strip("-.") for part in (config.data, config.model)]
     path = Path(config.regions_folder) / f"{'+'.join([*parts, stamp])}.jsonl"
     stored = read_by_main(lambda: stored_regions(path, settings), state.is_main_process)
     names, identifiers = {}, {}
-    for index in tqdm(sorted(set(indices)), desc="pictures", disable=None, leave=False, delay=5):
+    for index in tqdm(sorted(set(indices)), desc="pictures", disable=no_bar(None), leave=False, delay=5):
         row = examples.raw(index)
         names[index], identifiers[index] = fingerprint(row), row["id"]
     missing = [index for index, name in names.items() if name not in stored]
@@ -160,7 +163,8 @@ def attention_regions(model, processor, examples: Examples, indices: Iterable[in
         if changed := [identifiers[index] for index in missing if identifiers[index] in known]:
             print(f"{path}: {len(changed)} examples changed, the first is {changed[0]!r}; computed again")
     shown = {"total": len(names), "initial": len(names) - len(missing), "desc": "regions", "unit": "example"}
-    shown |= {"disable": not missing or not state.is_main_process, "mininterval": 0.1 if sys.stderr.isatty() else 15}
+    shown |= {"disable": no_bar(not missing or not state.is_main_process)}
+    shown["mininterval"] = 0.1 if sys.stderr.isatty() else 15
     progress = tqdm(**shown)
     options = {"layers": settings["region_layers"], "share": config.region_share}
     block_size = AT_A_TIME * state.num_processes

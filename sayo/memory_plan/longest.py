@@ -12,6 +12,7 @@ from sayo.examples.pictures import picture_size
 from sayo.model.packing import split_by_tokens
 from sayo.model.prompts import prompt_text
 from sayo.run.config import EXAMPLES_AT_A_TIME
+from sayo.settings import no_bar
 
 NUM_SCENES = 64  # scenes are drawn by sayo itself: one size, questions of a few lengths
 
@@ -32,7 +33,7 @@ def num_searched(examples: Sequence) -> int:
 def longest_prompt(processor, examples: Sequence, system_prompt: str | None) -> int:
     """Index of the example with the most prompt tokens, text and pictures; no picture is decoded."""
     lengths = []
-    for index in tqdm(range(num_searched(examples)), "longest", disable=None):
+    for index in tqdm(range(num_searched(examples)), "longest", disable=no_bar(None)):
         row = examples.raw(index)
         text = processor.tokenizer(prompt_text(processor, row, system_prompt), verbose=False).input_ids
         sizes = [image.size if isinstance(image, Image.Image) else picture_size(image) for image in row["images"]]

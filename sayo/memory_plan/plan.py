@@ -26,6 +26,7 @@ from sayo.model.forward import compute_dtype
 from sayo.model.loading import load_processor
 from sayo.model.prompts import Prompt, encode_prompt
 from sayo.model.sampling.cache import CPU_SAMPLING_TOKENS, groups_that_fit
+from sayo.run.processes import launched
 from sayo.settings import ConfigError
 
 GB = 10**9
@@ -216,7 +217,8 @@ def planner(
 
     def plan(config) -> Plan:
         model = config.policy_arguments(1)["model"]
-        model_config, processor = load_processor(model, revision=config.revision, max_pixels=config.max_pixels)
+        names = ("revision", "max_pixels", "chat_template_kwargs")
+        model_config, processor = load_processor(model, **{name: getattr(config, name) for name in names})
         if picture:
             prompt, origin = prompt_of_picture(model_config, processor, picture, text_tokens)
         elif not processor.chat_template:
@@ -284,7 +286,8 @@ def table(plan: Plan) -> str:
 
 def show_plan(config, picture: tuple[int, int] | None = None, text_tokens: int = 0, processes: int = 0) -> Plan:
     """Print the plan of one process, and what to lower where it does not fit."""
-    state = PartialState()
+    with launched():
+        state = PartialState()
     groups = max(1, config.groups_per_step // (processes or state.num_processes))
     plan_again = planner(groups, picture, text_tokens)
     plan = plan_again(config)

@@ -17,7 +17,8 @@ from __future__ import annotations
 
 import math
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from sayo.settings import UserError
 
@@ -135,3 +136,20 @@ def pictures_of(processor) -> type:
         if name == type(processor).__name__:
             return pictures
     raise unsupported(f"processor {type(processor).__name__} belongs to no known model family")
+
+
+def not_finite(model: nn.Module) -> PolicyError:
+    """The error about activations that are not finite: of what, and what to do about it."""
+    broken = [name for name, weight in model.named_parameters() if not weight.isfinite().all()]
+    if broken:
+        of = "the adapter" if "lora_" in broken[0] else "the model"
+        return PolicyError(
+            f"weights of {of} are not finite ({broken[0]}): give an earlier checkpoint, or load it again"
+        )
+    dtype = next(model.parameters()).dtype
+    if dtype == torch.float32:
+        return PolicyError("the model's activations are not finite in float32: its weights are broken; load it again")
+    return PolicyError(
+        f"dtype: the model's activations are not finite in {str(dtype).removeprefix('torch.')}; give --dtype bfloat16, "
+        "or float32 where the GPU has no bfloat16"
+    )

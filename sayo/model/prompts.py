@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import inspect
+import json
 import math
 import re
 import sys
+import unicodedata
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -17,10 +20,17 @@ from tqdm import tqdm
 
 from sayo.examples.pictures import DataError, load_picture
 from sayo.examples.regions import paint_region
-from sayo.grader.grader import choice_labels
+from sayo.grader.grader import TAGS, choice_labels
 from sayo.model.families import LANGUAGE_MODULE, PolicyError, pictures_of
+from sayo.settings import ConfigError, no_bar
 
 LARGE_PICTURE = 2**23  # pixels
+# What public data writes where a picture belongs: LLaVA's, Qwen's, Llama's, Phi's, InternLM's, Gemma's, Pixtral's.
+_MARK = r"(?:<image>|<\|vision_start\|><\|image_pad\|><\|vision_end\|>|<\|image(?:_\d+)?\|>|<ImageHere>|"
+_MARK += r"<start_of_image>|\[IMG\])"
+PICTURE_MARK = re.compile(rf"{_MARK}[ \t]?")
+MARKS_AT_AN_EDGE = re.compile(rf"^(?:[ \t]*{_MARK})+[ \t]*|[ \t]*(?:{_MARK}[ \t]*)+$", re.MULTILINE)
+OWN_ARGUMENTS = ("messages", "add_generation_prompt", "tokenize")  # of the chat template, which sayo gives
 SYSTEM_PROMPT = (
     "Look at the part of the image that the question is about, reason briefly, then answer in <answer></answer>."
 )
@@ -50,16 +60,40 @@ class Prompt:
 
 
 def question_text(example: dict) -> str:
-    """The user's turn: the question and, one per line, the choices with their letter or number."""
+    """The user's turn: the question without picture marks and, one per line, the choices with letter or number."""
     choices = example.get("choices") or []
     lines = [f"{label}. {text}" for label, text in zip(choice_labels(choices), choices, strict=True)]
-    return "\n".join([example["question"], *lines])
+    return "\n".join([without_marks(example["question"], len(example.get("images") or [None])), *lines])
 
 
-def placeholders_in(processor, text: str) -> list[str]:
-    """The model's image and video placeholders in a text, where they must not be."""
-    tokens = (processor.image_token, getattr(processor, "video_token", None))
-    return [token for token in tokens if token and token in text]
+def without_marks(question: str, num_pictures: int) -> str:
+    """A question without marks such as "<image>", which say where its pictures belong: they stand before it anyway.
+
+    Marks at the start or end of a line are left out and, when there are as many as pictures, those inside one, too.
+    """
+    if len(PICTURE_MARK.findall(question)) == num_pictures:
+        return PICTURE_MARK.sub("", question).strip()
+    shorter = MARKS_AT_AN_EDGE.sub("", question)
+    return question if shorter == question else shorter.strip()
+
+
+def control_tokens_in(processor, text: str) -> list[str]:
+    """What a text must not hold: control tokens of the model (the end of a turn, its pictures), and picture marks."""
+    tokenizer, found = processor.tokenizer, [match.strip() for match in PICTURE_MARK.findall(text)]
+    control, unknown = _control_tokens(tokenizer), tokenizer.unk_token_id  # which any character may become
+    folded = unicodedata.normalize("NFKC", text).casefold()
+    may_hold = any(token.strip().casefold() in folded for token in control.values())  # most texts: not tokenized
+    ids = tokenizer(text, add_special_tokens=False, verbose=False).input_ids if may_hold else []
+    found += [control[token] for token in ids if token in control and (token != unknown or control[token] in text)]
+    placeholders = (processor.image_token, getattr(processor, "video_token", None))
+    return list(dict.fromkeys(found + [token for token in placeholders if token and token in text]))
+
+
+@lru_cache(maxsize=4)
+def _control_tokens(tokenizer) -> dict[int, str]:
+    """Texts of the tokens that structure a chat, by id."""
+    added = {number: (str(token), token.special) for number, token in tokenizer.added_tokens_decoder.items()}
+    return {n: text for n, (text, special) in added.items() if (special or text[:2] == "<|") and text not in TAGS}
 
 
 def example_images(example: dict) -> list[Image.Image]:
@@ -74,20 +108,42 @@ def prompt_text(processor, example: dict, system_prompt: str | None = None) -> s
     messages = [{"role": "user", "content": content}]
     if system_prompt:
         messages.insert(0, {"role": "system", "content": [{"type": "text", "text": system_prompt}]})
-    return processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    arguments = getattr(processor, "template_arguments", {})
+    return processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False, **arguments)
+
+
+def set_template_arguments(processor, arguments: Sequence[str]) -> None:
+    """Let prompt_text pass arguments to the chat template: name=value, the value in JSON or else text.
+
+    Example: ["enable_thinking=false"]. Raises ConfigError: one of another form, or a name that the template lacks.
+    """
+    processor.template_arguments = {}
+    for argument in arguments:
+        name, _, value = argument.partition("=")
+        if not (name.isidentifier() and value) or name in OWN_ARGUMENTS:
+            raise ConfigError(f"chat_template_kwargs={argument!r:.200}: give name=value, such as enable_thinking=false")
+        if not re.search(rf"\b{name}\b", str(processor.chat_template)):
+            raise ConfigError(f"chat_template_kwargs={argument!r:.200}: the model's chat template reads no {name}")
+        try:
+            processor.template_arguments[name] = json.loads(value.lower() if value in ("True", "False") else value)
+        except ValueError:
+            processor.template_arguments[name] = value
 
 
 def encode_prompt(processor, example: dict, system_prompt: str | None = None) -> Prompt:
     """Encode an example (see sayo/examples/load.py) with the model's own processor and chat template, on the CPU.
 
-    Without a region the coverage is zero. Raises DataError where the question contains the model's image placeholder,
-    PolicyError for an unknown family.
+    Without a region the coverage is zero. Raises DataError where the question or a choice holds a control token of the
+    model, PolicyError for an unknown family.
     """
-    if placeholders := placeholders_in(processor, question_text(example)):
+    question = question_text(example)
+    if tokens := control_tokens_in(processor, question):
         raise DataError(
-            f"example {example.get('id')!r}: remove {', '.join(placeholders)}, which stands for a picture or a video, "
-            f"from the question or the choices: {question_text(example)[:80]!r}"
+            f"example {example.get('id')!r}: remove {', '.join(tokens)}, which stands for a picture or a video, or "
+            f"controls the chat, from the question or the choices: {question[:80]!r}"
         )
+    if not question.strip():
+        raise DataError(f"example {example.get('id')!r}: nothing is asked but {example['question'][:80]!r}")
     images = example_images(example)
     encoded = processor(text=[prompt_text(processor, example, system_prompt)], images=images, return_tensors="pt")
     input_ids = encoded.pop("input_ids")[0]  # (P,)
@@ -215,7 +271,7 @@ def prompt_positions(model: nn.Module, prompt: Prompt) -> Tensor:
 def vision_is_frozen(model: nn.Module) -> bool:
     """Whether neither adapter nor trained weights lie outside the language model, so that features can be reused."""
     return not any(
-        parameter.requires_grad or "lora_" in name
+        parameter.requires_grad or "lora_" in name or "modules_to_save" in name
         for name, parameter in base_model(model).model.named_parameters()
         if not re.search(LANGUAGE_MODULE, name)
     )
@@ -259,29 +315,46 @@ def check_prompt_length(positions: int, num_tokens: int, max_new_tokens: int, ex
         )
 
 
+def _most_tokens(text: str) -> int:
+    """No tokenizer makes more: a token is a byte or more of the text, composed or decomposed, beside start and end."""
+    return max(len(text.encode()), len(unicodedata.normalize("NFKD", text).encode())) + 16
+
+
 def bad_prompts(positions: int, processor, examples, system_prompt: str | None, max_new_tokens: int) -> list:
-    """(index, problem) of each example whose prompt is too long or contains a placeholder.
+    """(index, problem) of each example whose prompt is too long or contains a control token.
 
     Only prompts that may be too long, by their text and the largest possible pictures, are encoded. `positions` is
-    max_positions(model). Raises DataError for a placeholder in the system prompt.
+    max_positions(model). Notes picture marks that are left out. Raises DataError for a control token in the system
+    prompt.
     """
-    if placeholders := placeholders_in(processor, system_prompt or ""):
-        raise DataError(f"system_prompt: remove {', '.join(placeholders)}, which stands for a picture or a video")
+    if tokens := control_tokens_in(processor, system_prompt or ""):
+        what = "which stands for a picture or a video, or controls the chat"
+        raise DataError(f"system_prompt: remove {', '.join(tokens)}, {what}")
     most_tokens = pictures_of(processor).max_image_tokens(processor)
     # sayo draws all scenes at one small size, so one stands for all.
     num_checked = 1 if examples.name.partition(":")[0] == "scenes" else len(examples)
-    found = []
-    for index in tqdm(range(num_checked), desc="prompts", disable=num_checked <= 2000, leave=False):
+    found, marked, frames = [], [], {}  # the chat around a question, by the number of pictures: to render it takes long
+    for index in tqdm(range(num_checked), desc="prompts", disable=no_bar(num_checked <= 2000), leave=False):
         row = examples.raw(index)
-        text = prompt_text(processor, row, system_prompt)
-        longest = len(processor.tokenizer(text, verbose=False).input_ids) + len(row["images"]) * most_tokens
-        if longest + max_new_tokens <= positions and not placeholders_in(processor, question_text(row)):
-            continue
+        question, pictures = question_text(row), len(row["images"])
+        marked += PICTURE_MARK.findall(row["question"])[:1] if not PICTURE_MARK.search(question) else []
+        if question.strip() and not control_tokens_in(processor, question):
+            if pictures not in frames:
+                frames[pictures] = prompt_text(processor, {"images": row["images"], "question": "?"}, system_prompt)
+            room = positions - max_new_tokens - pictures * most_tokens
+            if _most_tokens(frames[pictures] + question) <= room:
+                continue
+            text = prompt_text(processor, row, system_prompt)
+            if len(processor.tokenizer(text, verbose=False).input_ids) <= room:
+                continue
         try:
             num_tokens = len(encode_prompt(processor, examples[index], system_prompt).input_ids)
             check_prompt_length(positions, num_tokens, max_new_tokens, row)
         except DataError as error:
             found.append((index, str(error)))
+    if marked:
+        where = f"the questions of {len(marked)} examples of {examples.name}"
+        print(f"picture marks such as {marked[0].strip()!r} are left out of {where}", file=sys.stderr)
     return found
 
 
@@ -298,6 +371,20 @@ def check_prompts(model, processor, examples, config, max_new_tokens: int) -> No
         more = [f"and {len(found) - 20} more"] if len(found) > 20 else []
         hint = "--bad_rows skip drops them" if len(found) < len(examples) else "no example is left"
         raise DataError("\n".join([message for _, message in found[:20]] + more + [hint]))
+
+
+def completion_texts(processor, completions: Sequence[Tensor]) -> list[str]:
+    """Completions, each (n_i,) ids, as text without special tokens, but with the tags that an answer is found by.
+
+    Fine-tuned tokenizers may have the tags as special tokens.
+    """
+    tokenizer = processor.tokenizer
+    special = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+    tags = special & {tokenizer.convert_tokens_to_ids(tag) for tag in TAGS}
+    if not tags:
+        return tokenizer.batch_decode(completions, skip_special_tokens=True)
+    kept = [[number for number in ids.tolist() if number in tags or number not in special] for ids in completions]
+    return tokenizer.batch_decode(kept)
 
 
 def joined_cells(cells: np.ndarray) -> np.ndarray:

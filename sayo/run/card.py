@@ -1,12 +1,16 @@
 """The model card that a run writes beside its adapter: base model, data, settings, and what the run measured.
 
-card.md beside this file is its template, in Jinja.
+card.md beside this file is its template, in Jinja. Names of data and folders are those of strangers: they are shown as
+code, in which Markdown and HTML mean nothing.
 """
 
+import json
 import re
 from dataclasses import MISSING, fields
 from importlib.metadata import version
 from pathlib import Path
+
+import regex
 
 from sayo.model.loading import portable_name
 from sayo.run.files import write_whole
@@ -17,7 +21,10 @@ PLACES = ("model", "adapter", "data", "eval_data")  # settings that may be paths
 ALWAYS_SHOWN = """model revision load_in_4bit dtype data num_generations max_new_tokens temperature top_p
 attention_weight format_weight accuracy_weight top_fraction attention_layers max_steps groups_per_step loss_type beta
 optimizer learning_rate lora_rank lora_alpha lora_targets seed""".split()
-NEVER_SHOWN = ("output_dir", "regions_folder", "resume", "report_to", "system_prompt")  # the last has its own place
+NEVER_SHOWN = ("output_dir", "regions_folder", "allowed_folders", "resume", "report_to")
+NEVER_SHOWN += ("system_prompt",)  # has its own place
+# What is seen as nothing, or breaks a line; regex is installed by transformers.
+UNSEEN = regex.compile(r"[\p{Default_Ignorable_Code_Point}\p{Cc}\u2028\u2029\ufff9-\ufffb]")
 
 
 def write_model_card(output_dir: Path, config, columns: dict, num_evaluated: int, num_examples: int) -> None:
@@ -30,10 +37,10 @@ def write_model_card(output_dir: Path, config, columns: dict, num_evaluated: int
     """
     from huggingface_hub import EvalResult, ModelCard, ModelCardData  # slow: not when a script is imported
 
-    hub_model, title, results = _on_hub(config.model), Path(output_dir).resolve().name, None
+    hub_model, title, results = _on_hub(config.model), visible(Path(output_dir).resolve().name), None
     if columns:
         about = {"task_type": "visual-question-answering"}
-        about |= dict.fromkeys(("dataset_type", "dataset_name"), place(config.evaluated_data))
+        about |= dict.fromkeys(("dataset_type", "dataset_name"), visible(place(config.evaluated_data)))
         means = {name: round(columns["after"][name][0], 4) for name in ("accuracy", "tas")}
         results = [EvalResult(metric_type=name, metric_value=mean, **about) for name, mean in means.items()]
     data = ModelCardData(
@@ -50,23 +57,41 @@ def write_model_card(output_dir: Path, config, columns: dict, num_evaluated: int
     card = ModelCard.from_template(
         data,
         template_path=str(Path(__file__).with_name("card.md")),
-        title=title,
-        base=f"[{name}](https://huggingface.co/{name})" if hub_model else f"`{name}`",
+        title=title if re.fullmatch(r"\w[\w .-]*", title) else code(title),
+        base=f"[{name}](https://huggingface.co/{name})" if hub_model else code(name),
         with_attention=config.attention_weight > 0,
-        arguments=f'"{name}"' + (f", revision={config.revision!r}" if config.revision else ""),
-        system_prompt="\n".join(f"> {line}" for line in config.system_prompt.splitlines()),
+        arguments=python_text(name) + (f", revision={ascii(config.revision)}" if config.revision else ""),
+        system_prompt="\n".join(f"    {visible(line)}" for line in config.system_prompt.split("\n")).rstrip(),
         load_in_4bit=config.load_in_4bit,
         measured=_table(columns),
         paired="difference" in columns,
-        eval_data=place(config.evaluated_data) if columns else None,
+        eval_data=code(place(config.evaluated_data)) if columns else None,
         num_evaluated=num_evaluated,
         num_examples=f"{num_examples:,}",
-        data=place(config.data),
+        data=code(place(config.data)),
         steps=_about_steps(output_dir, config),
-        settings="\n".join(f"| `{entry}` | `{value}` |" for entry, value in _settings(config).items()),
+        settings="\n".join(f"| `{entry}` | {code(str(value), True)} |" for entry, value in _settings(config).items()),
         versions=", ".join(f"{package} {version(package)}" for package in ("torch", "transformers", "peft")),
     )
     write_whole(Path(output_dir) / "adapter" / "README.md", str(card) + "\n")
+
+
+def visible(text: str) -> str:
+    """A line of text in which every character that is seen as nothing, or breaks the line, is written out."""
+    return UNSEEN.sub(lambda found: f"⟨U+{ord(found[0]):04X}⟩", text)
+
+
+def code(text: str, in_table: bool = False) -> str:
+    """A text as code in a line of Markdown, or in a cell of a table, where nothing of it is markup."""
+    text = visible(text).replace("|", "\\|" if in_table else "|")
+    ticks = "`" * (1 + max(map(len, re.findall("`+", text)), default=0))
+    apart = " " if not text or ({text[0], text[-1]} & {"`", " "} and text.strip()) else ""  # Markdown drops one each
+    return f"{ticks}{apart}{text}{apart}{ticks}"
+
+
+def python_text(text: str) -> str:
+    """A literal of Python that can be read."""
+    return json.dumps(text) if text.isascii() and text.isprintable() else ascii(text)
 
 
 def place(value: str) -> str:

@@ -11,6 +11,7 @@ from sayo.settings import Settings, option
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 EMBEDDED_POLICY = str(Path(__file__).parents[2] / "data" / "tiny_policy")
+LOWEST_TEMPERATURE = 1e-6  # below it, logits divided by it could leave float32
 EXAMPLES_AT_A_TIME = 16  # of an evaluation: the pixels of so many pictures are in memory together
 
 
@@ -24,9 +25,13 @@ class PolicyConfig(Settings):
     load_in_4bit: bool = option(False, "Load the language model in 4 bits (NF4, bitsandbytes).")
     dtype: str = option("auto", "Number format of the weights; auto takes the checkpoint's own.", DTYPES)
     max_pixels: int | None = option(None, "Shrink pictures to about this area, not counting a thumbnail.", at_least=1)
+    chat_template_kwargs: list[str] | None = option(
+        None, "Arguments of the model's chat template, as name=value: enable_thinking=false."
+    )
     system_prompt: str = option(SYSTEM_PROMPT, "System prompt; an empty one omits the system turn.")
     data: str = option(
-        "scenes", "A .jsonl, .json, .parquet, datasets folder, Hub id (owner/name@revision), scenes, scenes:heldout."
+        "scenes",
+        "A .jsonl, .json, .csv, .parquet, datasets folder, Hub id (owner/name@revision), scenes, scenes:heldout.",
     )
     split: str = option("train", "Split of a datasets folder or a Hub dataset.")
     limit: int | None = option(None, "Use only the first N examples.", at_least=1)
@@ -42,7 +47,7 @@ class PolicyConfig(Settings):
     def policy_arguments(self, lora_rank: int) -> dict:
         """Keyword arguments for vlm.load_policy."""
         model = EMBEDDED_POLICY if Path(self.model) == Path("data/tiny_policy") else self.model
-        names = ("revision", "adapter", "load_in_4bit", "dtype", "max_pixels")
+        names = ("revision", "adapter", "load_in_4bit", "dtype", "max_pixels", "chat_template_kwargs")
         return {"model": model, "lora_rank": lora_rank} | {name: getattr(self, name) for name in names}
 
     def data_arguments(self) -> dict:
@@ -64,7 +69,10 @@ class SamplingConfig(Settings):
     max_new_tokens: int = option(64, "Maximum completion length in tokens.", at_least=1)
     min_new_tokens: int = option(0, "Minimum completion length: EOS is not sampled before it.", at_least=0)
     temperature: float = option(
-        1.0, "Temperature of sampling, entropies and log-probs.", above=0, hint="1.0 samples from the policy itself"
+        1.0,
+        "Temperature of sampling, entropies and log-probs.",
+        at_least=1e-6,
+        hint="1.0 samples from the policy itself",
     )
     sampling_temperature: float | None = option(None, "Temperature of sampling alone; none: temperature.", above=0)
     top_p: float = option(0.9, "Nucleus sampling: the fewest tokens of this probability; 1: all.", above=0, at_most=1)

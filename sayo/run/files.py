@@ -16,9 +16,13 @@ from pathlib import Path
 
 import torch
 
-from sayo.settings import read_jsonl
+from sayo.settings import ConfigError
 
 MANIFEST, PARTIAL, NAME = "manifest.json", ".partial", re.compile("step-[0-9]{6,}")
+# What a run puts in its folder; "sayo" holds the TensorBoard files.
+OF_A_RUN = ("run.json", "config.yaml", "metrics.jsonl", "samples.jsonl", "evaluation_before.json", "evaluation.json")
+OF_A_RUN += ("adapter", "checkpoints", "curves.png", "sayo")
+ASIDE = (*(f"{name}{PARTIAL}" for name in OF_A_RUN), f"adapter.former{PARTIAL}", "curves.partial.png")
 NEEDED = {"state.pt", "adapter/adapter_config.json", "adapter/adapter_model.safetensors"}
 
 
@@ -78,27 +82,72 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def remove_leftovers(output_dir: Path) -> None:
-    """Delete what was being written when a run was killed."""
-    for pattern in (f"*{PARTIAL}", f"*{PARTIAL}.*", f"adapter/*{PARTIAL}", f"checkpoints/*{PARTIAL}"):
-        for path in output_dir.glob(pattern):
+def is_run(folder: Path) -> bool:
+    """Whether a run has begun in a folder: it holds run.json, which is written first, or a checkpoint of a run."""
+    note = stored_json(folder / "run.json")
+    if isinstance(note, dict) and "examples" in note:
+        return True
+    manifests = (stored_json(path) for path in folder.glob(f"checkpoints/step-*/{MANIFEST}"))
+    return any(isinstance(manifest, dict) and "files" in manifest for manifest in manifests)
+
+
+def names_in(folder: Path) -> list[str]:
+    """Which names that a run would write exist in a folder; half of a first run.json is that of a start, or lost."""
+    known = [name for name in (*OF_A_RUN, *ASIDE) if os.path.lexists(folder / name)]
+    return [name for name in known if name != f"run.json{PARTIAL}" or not (folder / ".lock").exists()]
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Delete what was being written in the folder of a run when it was killed."""
+    for pattern in (*ASIDE, f"adapter/README.md{PARTIAL}", f"checkpoints/step-*{PARTIAL}"):
+        for path in folder.glob(pattern):
             remove(path)
 
 
 def keep_steps_until(path: Path, last_step: int) -> list[int]:
-    """Drop the rows of a JSONL file after last_step, which a resumed run repeats; returns the steps that stay."""
-    if not path.exists():
-        return []
-    kept = [(line + "\n", row["step"]) for line, row in read_jsonl(path) if row["step"] <= last_step]
-    write_whole(path, "".join(line for line, _ in kept))
+    """Drop the rows of a JSONL file after last_step, which a resumed run repeats; returns the steps that stay.
+
+    Damage behind those rows (a power cut leaves zeros, or half a character) goes with them.
+
+    Raises:
+        ConfigError: a line is damaged before one that stays.
+    """
+    kept, damaged = [], 0
+    lines = path.read_bytes().split(b"\n") if path.exists() else []
+    for number, line in enumerate(lines, 1):
+        step = _step_of_row(line)
+        if step is None:
+            damaged = damaged or number * bool(line.strip())
+        elif step <= last_step and damaged:
+            fix = f"restore or delete the line; --resume goes on behind step {last_step}"
+            raise ConfigError(f"{str(path)!r}, line {damaged} is not the row of a step: {fix}")
+        elif step <= last_step:
+            kept.append((line.decode().rstrip("\r") + "\n", step))
+    if lines:
+        write_whole(path, "".join(line for line, _ in kept))
     return [step for _, step in kept]
+
+
+def _step_of_row(line: bytes) -> int | None:
+    """The step of a row of metrics.jsonl or samples.jsonl; None for anything else."""
+    with suppress(ValueError, RecursionError, TypeError, KeyError):
+        step = json.loads(line.decode())["step"]
+        return step if type(step) is int else None
+    return None
 
 
 # --- one checkpoint ---------------------------------------------------------------------------------------------
 
 
 def save_adapter(model, folder: Path) -> None:
-    """The adapter in PEFT's own form, without the README that PEFT writes: it names folders of this machine."""
+    """The adapter in PEFT's own form, without the README that PEFT writes: it names folders of this machine.
+
+    PEFT keeps names of layers as sets, whose order differs from start to start.
+    """
+    for config in getattr(model, "peft_config", {}).values():
+        for name in ("target_modules", "exclude_modules"):
+            if isinstance(layers := getattr(config, name, None), set):
+                setattr(config, name, sorted(layers))
     model.save_pretrained(folder, save_embedding_layers=False)
     (folder / "README.md").unlink(missing_ok=True)
 

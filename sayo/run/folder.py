@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from uuid import uuid4
 
 import yaml
 from accelerate.utils import set_seed
@@ -29,9 +30,9 @@ from sayo.run import files
 from sayo.run.card import write_model_card
 from sayo.run.metrics import show_step
 from sayo.run.processes import check_same_weights, read_by_main
-from sayo.run.provenance import built_from, check_built_from
+from sayo.run.provenance import PLACES, built_from, check_built_from, is_same_place
 from sayo.run.stopping import Stopped, StopSignals
-from sayo.settings import ConfigError, stored_config
+from sayo.settings import ConfigError, no_bar, stored_config
 
 MAY_CHANGE = ("max_steps", "save_steps", "save_total_limit", "resume", "report_to", "sampling_tokens", "output_dir")
 MAY_CHANGE += ("max_skipped_steps", "plan", "memory_gb", "try_biggest", "allowed_folders", "regions_folder")
@@ -77,6 +78,7 @@ class Run:
     checkpoint   what to resume from, or None: step 0
     finished     whether all its steps were done and everything was written
     former       run.json of the run that is resumed, {} for a new one
+    seen         names of a run's files that were there when the folder was looked at
     """
 
     config: object  # train_rl.Config
@@ -85,6 +87,7 @@ class Run:
     checkpoint: Path | None = None
     finished: bool = False
     former: dict = field(default_factory=dict)
+    seen: list[str] = field(default_factory=list)
     rows: dict[str, RowFile] = field(default_factory=dict)
     inputs: dict = field(default_factory=dict)  # what run.json will say
     notes: list[str] = field(default_factory=list)  # for the screen, when the run begins
@@ -103,6 +106,8 @@ class Run:
             try:
                 self.lock.acquire(timeout=0)
             except Timeout:
+                if not self.config.resume:
+                    raise
                 print(f"output_dir: another process is at work in {self.folder}; waiting {PATIENCE} s for its end")
                 self.lock.acquire(timeout=PATIENCE, poll_interval=0.2)
         except Timeout as error:
@@ -116,7 +121,12 @@ class Run:
     def check_inputs(self, examples, held_out, model) -> None:
         """Note what the run is built from; ConfigError where a resumed one began with something else."""
         self.inputs = built_from(self.config, examples, held_out, model, self.accelerator)
+        self.inputs |= {"started_in": os.getcwd()} | self._tracked_as()
         self.notes += check_built_from(self.former, self.config, self.inputs)
+
+    def _tracked_as(self) -> dict:
+        """{"wandb": id} for a run that is logged there, so that one that is resumed goes on in it."""
+        return {"wandb": self.former.get("wandb") or uuid4().hex[:8]} if self.config.report_to == "wandb" else {}
 
     def begin(self, state, examples, notes: Sequence[str]) -> None:
         """Make the folder ready: settings, inputs, and rows up to the step that the run resumes from. ConfigError where
@@ -130,9 +140,12 @@ class Run:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             self.hold()
+            if files.names_in(self.folder) != self.seen:  # by a start that was faster
+                fix = "give another --output_dir, or the same command with --resume"
+                raise ConfigError(f"output_dir={self.config.output_dir!r}: another run has begun in it: {fix}")
             settings = yaml.safe_dump(asdict(self.config), sort_keys=False, allow_unicode=True)
+            files.write_whole(self.folder / "run.json", json.dumps(self.inputs, indent=1))  # first: see files.is_run
             files.write_whole(self.folder / "config.yaml", settings)
-            files.write_whole(self.folder / "run.json", json.dumps(self.inputs, indent=1))
             for name in FILES:
                 kept = files.keep_steps_until(self.folder / name, state.step)
                 if missing := sorted(set(range(1, state.step + 1)) - set(kept)):
@@ -141,7 +154,10 @@ class Run:
         except OSError as error:
             raise ConfigError(f"output_dir={self.config.output_dir!r} cannot be written to: {error}") from error
         known = {name: value for name, value in asdict(self.config).items() if isinstance(value, int | float | str)}
-        self.accelerator.init_trackers("sayo", config=known)
+        # Steps that are repeated replace those of the former start.
+        of_trackers = {"tensorboard": {"purge_step": state.step + 1}}
+        of_trackers["wandb"] = {"id": self.inputs.get("wandb"), "resume": "allow"}
+        self.accelerator.init_trackers("sayo", config=known, init_kwargs=of_trackers)
         trained, number = sum(p.numel() for p in state.parameters), self.accelerator.num_processes
         processes = "1 process" if number == 1 else f"{number} processes"
         print(f"{len(examples)} examples of {self.config.data}; {trained:,} trained parameters; {processes}")
@@ -162,7 +178,12 @@ class Run:
         """
         config, accelerator = self.config, self.accelerator
         interval = 0.1 if sys.stderr.isatty() else 15
-        bar = {"desc": "train", "unit": "step", "mininterval": interval, "disable": not accelerator.is_main_process}
+        bar = {
+            "desc": "train",
+            "unit": "step",
+            "mininterval": interval,
+            "disable": no_bar(not accelerator.is_main_process),
+        }
         with tqdm(range(state.step, config.max_steps), **bar) as self.progress:
             for step in self.progress:
                 # Nothing here draws from Python's, numpy's and torch's own random numbers, but a change of yours may.
@@ -297,7 +318,8 @@ def open_run(config, accelerator, stop: StopSignals) -> Iterator[Run]:
     """
     run = Run(config, accelerator, stop)
     try:
-        run.checkpoint, run.finished, run.former = read_by_main(lambda: _look(run), accelerator.is_main_process)
+        found = read_by_main(lambda: _look(run), accelerator.is_main_process)
+        run.checkpoint, run.finished, run.former, run.seen = found
         yield run
     finally:
         for rows in run.rows.values():
@@ -305,39 +327,55 @@ def open_run(config, accelerator, stop: StopSignals) -> Iterator[Run]:
         run.lock.release(force=True)
 
 
-def _look(run: Run) -> tuple[Path | None, bool, dict]:
-    """(checkpoint, finished, former) of the run."""
-    config, former = run.config, run.folder / "config.yaml"
-    has_run = former.exists() or any(files.all_checkpoints(run.folder))
-    if has_run and not config.resume:
-        fix = "add --resume to continue it, give another --output_dir, or delete the folder"
-        raise ConfigError(f"output_dir={config.output_dir!r} holds a run already: {fix}")
-    if run.folder.exists():
+def _look(run: Run) -> tuple[Path | None, bool, dict, list[str]]:
+    """(checkpoint, finished, former, seen) of the run."""
+    config, folder = run.config, run.folder
+    _check_whose(folder, config)
+    if folder.exists():
         run.hold()
+        _check_whose(folder, config)  # again: it may have been another's until now
+    found = _resumed_from(folder, config) if files.is_run(folder) else (None, False, {})
+    if files.is_run(folder):
         with suppress(OSError):  # of a disk that takes nothing: that is said next
-            files.remove_leftovers(run.folder)  # first, since they may be what fills it
-    existing = next(path for path in (run.folder, *run.folder.absolute().parents) if path.exists())
-    for place in {existing, *run.folder.glob("checkpoints")}:
+            files.remove_leftovers(folder)  # first, since they may be what fills it
+    elif config.resume:
+        print(f"resume: {config.output_dir!r} holds no run yet: it starts at step 0")
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    for place in {existing, *folder.glob("checkpoints")}:
         try:
             with tempfile.TemporaryFile(dir=place) as file:
                 file.write(b"x" * 4096)
         except OSError as error:
             problem = f"{str(place)!r} is no folder that can be written to: {error}"
             raise ConfigError(f"output_dir={config.output_dir!r}: {problem}") from error
-    if not config.resume:
-        return None, False, {}
-    if not former.exists():
-        if has_run:
-            raise ConfigError(f"resume: {config.output_dir!r} holds checkpoints, but no config.yaml of their run")
-        print(f"resume: {config.output_dir!r} holds no run yet: it starts at step 0")
-        return None, False, {}
-    made = files.stored_json(run.folder / "run.json")
+    return *found, files.names_in(folder)
+
+
+def _check_whose(folder: Path, config) -> None:
+    """Raise ConfigError for a folder with a run that is not to be resumed, or with files of others that a run has."""
+    if files.is_run(folder):
+        if not config.resume:
+            fix = "add --resume to continue it, give another --output_dir, or delete the folder"
+            raise ConfigError(f"output_dir={config.output_dir!r} holds a run already: {fix}")
+    elif names := files.names_in(folder):
+        fix = "no run made them, and one would replace them: give another --output_dir, or move them"
+        raise ConfigError(f"output_dir={config.output_dir!r} holds {', '.join(names)}: {fix}")
+
+
+def _resumed_from(folder: Path, config) -> tuple[Path | None, bool, dict]:
+    """(checkpoint, finished, former) of the run that a folder holds."""
+    former, made = folder / "config.yaml", files.stored_json(folder / "run.json")
     made = made if isinstance(made, dict) else {}  # without it, nothing can be compared
+    if not former.exists():
+        if any(files.all_checkpoints(folder)):
+            raise ConfigError(f"resume: {config.output_dir!r} holds checkpoints, but no config.yaml of their run")
+        print(f"resume: the run in {config.output_dir!r} was stopped before its first step: it starts at step 0")
+        return None, False, {}
     _compare_settings(former, made, config)
-    if _is_finished(run.folder, made, config):
-        print(f"resume: the run in {run.folder} is finished, at step {config.max_steps}; give more --max_steps")
+    if _is_finished(folder, made, config):
+        print(f"resume: the run in {folder} is finished, at step {config.max_steps}; give more --max_steps")
         return None, True, made
-    checkpoint, passed_over = files.whole_checkpoint(run.folder)
+    checkpoint, passed_over = files.whole_checkpoint(folder)
     print("".join(f"resume: {sentence}\n" for sentence in passed_over), end="")
     if checkpoint and files.step_of(checkpoint) > config.max_steps:
         raise ConfigError(f"max_steps={config.max_steps}: {checkpoint} is further already; give more")
@@ -349,8 +387,11 @@ def _compare_settings(path: Path, made: dict, config) -> None:
     """Say which settings changed, and refuse those that a run must keep; `made` is its run.json."""
     before, now = asdict(stored_config(path, type(config))), asdict(config)
     changed = [name for name in now if name != "resume" and before[name] != now[name]]
+    changed = [name for name in changed if name not in PLACES or not is_same_place(before[name], now[name])]
     movable = WHEN_EXAMPLES_ARE_THE_SAME if "examples" in made else ()
     movable += ("dtype",) if "number_format" in made else ()  # which says what "auto" was
+    gone = [name for name in ("model", "adapter") if made.get(name) and not os.path.exists(str(before[name]))]
+    movable += tuple(name for name in gone if Path(now[name] or "").is_dir())  # moved: run.json knows their files
     refused = [name for name in changed if name not in MAY_CHANGE + movable]
     if refused:
         listed = "; ".join(f"{name} was {before[name]!r}, is {now[name]!r}" for name in refused)

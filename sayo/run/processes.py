@@ -10,7 +10,9 @@ adapter are the same as without shards.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
 from itertools import chain
 from typing import Any
@@ -30,9 +32,31 @@ from sayo.settings import ConfigError
 TIMEOUT = InitProcessGroupKwargs(timeout=timedelta(minutes=30))
 
 
+# What `accelerate launch`, or a profile that sets it up, may leave in the environment.
+LAUNCH_VARIABLES = re.compile(
+    r"(ACCELERATE|FSDP|PARALLELISM_CONFIG|MEGATRON_LM|DEEPSPEED)_\w+|(LOCAL_)?(RANK|WORLD_SIZE)"
+)
+OTHER_ENGINES = ("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_MEGATRON_LM", "ACCELERATE_USE_PARALLELISM_CONFIG")
+
+
 def use_fsdp() -> bool:
     """Whether `accelerate launch` was asked to shard the model."""
     return os.environ.get("ACCELERATE_USE_FSDP") == "true" and int(os.environ.get("WORLD_SIZE", 1)) > 1
+
+
+@contextmanager
+def launched():
+    """ConfigError, where Accelerate's objects are made, instead of its own errors about the environment."""
+    try:
+        if engines := [name for name in OTHER_ENGINES if os.environ.get(name, "false").lower() in ("true", "1")]:
+            raise ValueError(f"{engines[0]} is set; models are sharded by FSDP only")
+        yield
+    except Exception as error:  # of Accelerate's many settings, each raises another
+        left = ", ".join(f"{name}={value}" for name, value in os.environ.items() if LAUNCH_VARIABLES.fullmatch(name))
+        raise ConfigError(
+            f"the processes cannot be set up with what the environment says ({left[:500] or 'nothing'}): start with "
+            f"accelerate launch, or unset what an earlier launch left. Accelerate says: {str(error)[:300]}"
+        ) from error
 
 
 def make_accelerator(config) -> Accelerator:
@@ -44,14 +68,15 @@ def make_accelerator(config) -> Accelerator:
     Raises:
         ConfigError: the processes that were started cannot run with these settings.
     """
-    started = int(os.environ.get("WORLD_SIZE", 1))
-    accelerator = Accelerator(
-        cpu=started > 1 and not torch.accelerator.is_available(),  # or every process would train alone
-        log_with=None if config.report_to == "none" else config.report_to,
-        project_dir=config.output_dir,
-        mixed_precision="no",
-        kwargs_handlers=[TIMEOUT],
-    )
+    with launched():
+        started = int(os.environ.get("WORLD_SIZE", 1))
+        accelerator = Accelerator(
+            cpu=started > 1 and not torch.accelerator.is_available(),  # or every process would train alone
+            log_with=None if config.report_to == "none" else config.report_to,
+            project_dir=config.output_dir,
+            mixed_precision="no",
+            kwargs_handlers=[TIMEOUT],
+        )
     number, found = accelerator.num_processes, []
     if number != started:
         known = f"of which Accelerate knows {number} on this device"

@@ -1,5 +1,6 @@
 """Fingerprints of models, data and settings, so that a resumed job continues with the same inputs."""
 
+import glob
 import hashlib
 import json
 import os
@@ -12,10 +13,12 @@ from PIL import Image
 from sayo.model.forward import compute_dtype
 from sayo.model.loading import adapter_folder
 from sayo.model.prompts import base_model
-from sayo.run.files import stored_json, write_whole
+from sayo.run.config import PolicyConfig
+from sayo.run.files import is_run, stored_json, write_whole
 from sayo.settings import ConfigError
 
 MUST_STAY = ("examples", "eval_examples", "model", "adapter", "number_format", "reward_file")  # of run.json
+PLACES = ("model", "adapter", "data", "eval_data", "regions_folder", "allowed_folders", "reward_file")  # may be paths
 SHOULD_STAY = ("device", "processes", "versions")  # of run.json: where they change, the last bits may differ
 
 
@@ -95,6 +98,8 @@ def ensure_same_settings(rows: Path, settings: dict, defaults: dict) -> None:
     """
     note = rows.with_suffix(".settings.json")
     has_rows = rows.exists() and rows.stat().st_size > 0  # a start that failed before its first row binds nobody
+    if has_rows and not note.exists():
+        raise ConfigError(f"{str(rows)!r} has no {note.name} beside it: give another place, or restore that file")
     before = (stored_json(note) if has_rows else None) or settings
     before = {name: value for name, value in defaults.items() if name in settings} | before
     if "loaded" in before:
@@ -108,6 +113,44 @@ def ensure_same_settings(rows: Path, settings: dict, defaults: dict) -> None:
         raise ConfigError(f"{str(rows)!r} was made with other settings: {changed}. {fix}")
     rows.parent.mkdir(parents=True, exist_ok=True)
     write_whole(note, json.dumps(settings, indent=1, ensure_ascii=False))
+
+
+def as_meant(path: Path, values: dict) -> dict:
+    """The values of a YAML file; those of a run's own config.yaml mean that run, wherever it lies and one stands.
+
+    Its relative paths count from the folder that the run was started in: the one that output_dir counts from, else the
+    one that run.json names, else the present one, whichever has them.
+    """
+    folder, given = Path(os.path.abspath(path)).parent, str(values.get("output_dir"))
+    if path.name != "config.yaml" or not is_run(folder):
+        return values
+    parts = Path(os.path.normpath(given)).parts
+    counts = not os.path.isabs(given) and folder.parts[-len(parts) :] == parts
+    bases = [folder.parents[len(parts) - 1]] if counts else []
+    note = stored_json(folder / "run.json")
+    bases += [started] if isinstance(started := (note or {}).get("started_in"), str) else []
+    is_here = os.path.exists(given) and os.path.samefile(given, folder)
+    found = values if is_here else values | {"output_dir": str(folder)}
+    return found | {name: _placed(values[name], bases) for name in PLACES if values.get(name)}
+
+
+def _placed(value, bases: list):
+    """A relative path (or each of a list) as the absolute one where it exists; anything else as it is."""
+    if isinstance(value, list):
+        return [_placed(entry, bases) for entry in value]
+    if not isinstance(value, str) or value in (PolicyConfig.model, "none") or value.partition(":")[0] == "scenes":
+        return value
+    for base in bases:
+        place = os.path.join(base, value)
+        if not os.path.isabs(os.path.expanduser(value)) and (os.path.exists(place) or glob.glob(place)):
+            return value if os.path.samefile(base, os.curdir) else place
+    return value
+
+
+def is_same_place(before, now) -> bool:
+    """Whether two values of a setting that may be a path name the same place."""
+    texts = isinstance(before, str) and isinstance(now, str)
+    return texts and len({os.path.abspath(os.path.expanduser(value)) for value in (before, now)}) == 1
 
 
 def built_from(config, examples, held_out, model, accelerator) -> dict:

@@ -11,7 +11,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import torch
 
@@ -105,5 +105,6 @@ class StopSignals:
 
 
 def _say(text: str) -> None:
-    """One line on stderr. Not by print: inside of a handler, another print may be half done."""
-    os.write(2, f"\ntrain_rl.py: {text}\n".encode())
+    """One line on stderr, if it is still there. Not by print: inside of a handler, another print may be half done."""
+    with suppress(OSError):
+        os.write(2, f"\ntrain_rl.py: {text}\n".encode(errors="backslashreplace"))

@@ -7,6 +7,8 @@ mean of several has its 95 % bootstrap interval.
 
 import json
 import math
+import sys
+import warnings
 from collections.abc import Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -58,10 +60,36 @@ def drawing(outputs: Path | Sequence[Path], rows: int, columns: int, size: tuple
         for axis in axes.flat if pictures else ():
             axis.axis("off")
         yield axes
-        for output in [outputs] if isinstance(outputs, str | Path) else outputs:
-            dateless = {"metadata": {"Date": None}} if Path(output).suffix.lower() == ".svg" else {}
-            figure.savefig(output, dpi=110, bbox_inches="tight" if pictures else None, **dateless)
+        _use_fonts(figure)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Glyph .* missing from font")  # said above
+            for output in [outputs] if isinstance(outputs, str | Path) else outputs:
+                dateless = {"metadata": {"Date": None}} if Path(output).suffix.lower() == ".svg" else {}
+                figure.savefig(output, dpi=110, bbox_inches="tight" if pictures else None, **dateless)
         plt.close(figure)
+
+
+def _use_fonts(figure) -> None:
+    """Let letters that the font lacks be drawn with installed fonts that have them; names those that none has."""
+    from matplotlib import font_manager  # slow: not when a script is imported
+    from matplotlib.text import Text
+
+    texts = figure.findobj(Text)
+    missing = {letter for text in texts for letter in text.get_text() if letter.isprintable() and letter > "~"}
+    own, families = font_manager.findfont(font_manager.FontProperties()), []
+    plain = [entry for entry in font_manager.fontManager.ttflist if entry.style == "normal" and entry.weight == 400]
+    candidates = sorted((entry.name != "DejaVu Sans", entry.name, entry.fname) for entry in plain)
+    for _, name, path in candidates if missing else ():
+        font = font_manager.get_font(path)  # bitmap fonts of emoji cannot be drawn; the last resort has only boxes
+        found = missing & set(map(chr, font.get_charmap())) if font.scalable and "Last" not in name else set()
+        families += [name] if found and path != own else []
+        missing -= found
+    for text in texts if families else ():
+        text.set_fontfamily([*text.get_fontfamily(), *families])
+    if missing:
+        shown = "".join(sorted(missing)[:20])
+        fix = "boxes stand for them; install a font that has them, such as Noto Sans CJK"
+        print(f"no installed font has the {len(missing)} letters {shown}: {fix}", file=sys.stderr)
 
 
 def _smooth(values: Sequence[float], weight: float = 0.9) -> np.ndarray:

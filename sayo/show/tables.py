@@ -43,6 +43,20 @@ def summarize(rows: Sequence[dict]) -> dict[str, tuple[float, float, float]]:
     return {name: bootstrap_interval([metric_of(row, name) for row in rows]) for name in REPORTED}
 
 
+def pass_at_k(rows: Sequence[dict]) -> dict[str, tuple[float, float, float]]:
+    """{"pass@k": (mean, low, high)} for k = 1, 2, 4, ... up to the samples of a row; {} where rows have one.
+
+    1 - C(n - c, k) / C(n, k) of each example with c right samples of n, the unbiased estimate (arXiv 2107.03374).
+    """
+    samples = [row["right"] for row in rows if "right" in row]
+    number = min(map(len, samples), default=0)
+    found = {}
+    for k in sorted({2**power for power in range(number.bit_length()) if 2**power <= number} | {number} - {0}):
+        values = [1 - math.comb(right.count(0), k) / math.comb(len(right), k) for right in samples]
+        found[f"pass@{k}"] = bootstrap_interval(values)
+    return found
+
+
 def compare(before: Sequence[dict], after: Sequence[dict]) -> dict[str, tuple[float, float, float]]:
     """(mean, low, high) of the paired difference after - before of every metric.
 

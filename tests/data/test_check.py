@@ -35,14 +35,38 @@ def test_figures_of_a_small_data_set(folder):
     shares = figures["share of a picture in its region"]
     assert shares["min"] == pytest.approx(2 * 12 / 1200, abs=1e-3) and shares["max"] == 1
     assert shares["median"] == pytest.approx(0.5, abs=0.02)
-    assert found["answers"] == {"distinct": 2, "most common": [("red", 5 / 6), ("blue", 1 / 6)]}
-    large, small, missing, repeated = NOTES
+    assert found["answers"] == {"distinct": 2, "most common": [("red", 5 / 6), ("blue", 1 / 6)]} | {
+        "compared as": {"text": 5, "choices": 1}
+    }
+    large, small, missing, repeated = NOTES[:4]
     assert found["notes"] == [
         f"1 rows {large}, first 'again'",
         f"1 rows {missing}, first 'bare'",
         f"1 rows {repeated}, first 'same'",
     ]
-    assert "more than half" in large and "no region" in missing and "repeat" in repeated
+    assert "more than half" in large and "no region: give --regions attention" in missing and "repeat" in repeated
+
+
+ANSWERS = [  # what a row has beside its picture, the notes about it
+    ({"answer": "Red"}, ()),
+    ({"answer": "\\frac12"}, ("in LaTeX and no answer_type",)),
+    ({"answer": "\\frac12", "answer_type": "math"}, ()),
+    ({"answer": "So 6. #### 6"}, ("not read as it is written, first 'row': 'So 6. #### 6' as '6'",)),
+    ({"answer": 1, "choices": ["red", "blue"]}, ("not read as it is written, first 'row': 1 as 'blue'",)),
+    ({"answer": "A", "choices": ["red", "blue"]}, ()),
+    ({"answer": "A", "choices": ["B", "A", "2"]}, ("the text counts",)),
+    ({"answer": 3, "choices": [1, 2, 3, 4]}, ("the text counts",)),
+    ({"answer": 3, "choices": [0, 1, 2, 3]}, ()),
+    ({"answer": "D", "choices": ["D", "B", "A", "C"]}, ()),  # the prompt numbers them
+    ({"answer": "long " * 50}, ("only the same text matches",)),
+    ({"answer": ["red", "crimson"]}, ()),
+]
+
+
+@pytest.mark.parametrize(("row", "words"), ANSWERS)
+def test_how_an_answer_is_read_and_compared_is_said(folder, row, words):
+    notes = describe(load_examples(write_jsonl(folder, GOOD | {"id": "row"} | row)), "xyxy")["notes"]
+    assert len(notes) == len(words) and all(word in note for word, note in zip(words, notes, strict=True))
 
 
 @pytest.mark.parametrize("size", [(100, 80), (4000, 3000), (1, 200)])
@@ -147,3 +171,27 @@ def test_problems_of_the_settings_are_named_before_the_work(folder):
     for sheet, said in [("sheet.jpg", ""), (str(folder), "can be written"), (f"{folder}/file/x.png", "can be written")]:
         with pytest.raises(ConfigError, match=f"(?s)num_examples=0.*sheet='{sheet}'.*{said}"):
             read_config(CheckConfig, ["--sheet", sheet, "--num_examples", "0"])
+
+
+def test_letters_that_no_font_has_are_named_and_those_of_other_fonts_are_drawn(folder, capsys, monkeypatch):
+    from matplotlib import font_manager
+
+    plain = [entry for entry in font_manager.fontManager.ttflist if entry.style == "normal" and entry.weight == 400]
+    has = {
+        entry.name: set(font_manager.get_font(entry.fname).get_charmap()) for entry in plain if "Last" not in entry.name
+    }
+    stix = sorted(has["STIXGeneral"] - set().union(*(letters for name, letters in has.items() if "STIX" not in name)))
+    letter = next(chr(code) for code in stix if chr(code).isprintable() and code > 126)
+    nobody = "\U00013000"  # an Egyptian hieroglyph
+    monkeypatch.setattr(
+        font_manager.fontManager, "ttflist", [entry for entry in plain if ord(nobody) not in has.get(entry.name, ())]
+    )
+    sheets = []
+    for text in ("What?", f"What{letter}", f"What{letter}{nobody}"):
+        examples = load_examples(write_jsonl(folder, GOOD | {"question": text, "id": "a"}))
+        draw_sheet(examples[:1], None, None, folder / "sheet.png")
+        sheets.append((folder / "sheet.png").read_bytes())
+        said = capsys.readouterr().err
+        assert (f"no installed font has the 1 letters {nobody}: " in said) == (nobody in text)
+        assert nobody in text or not said
+    assert len(set(sheets)) == 3

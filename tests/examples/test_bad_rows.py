@@ -14,6 +14,7 @@ from test_regions import written
 import train_rl
 from sayo.examples.load import load_examples
 from sayo.examples.pictures import DataError
+from sayo.examples.regions import BOX_FORMATS
 from train_rl import Config
 
 FLAT = [1, 2, 9, 2, 9, 9]  # a good polygon
@@ -49,7 +50,15 @@ BAD_ROWS = [  # what is wrong, the row, words in the message
     ("images is a path", without("image") | {"images": "a.png"}, ["images is 'a.png'", "list"]),
     ("images holds null", two(BOX_LISTS, images=["a.png", None]), ["picture None"]),
     *each("question", [None, " ", 3], "question is {!r}, keys are: image, ", "boxes; write a text that is not empty"),
-    *each("answer", [None, "", True, float("nan"), ["red"]], "answer is {!r}", "is not empty, or a number"),
+    *each(
+        "answer",
+        [None, "", [], [["red"]], ["red", None], {"a": 1}, float("nan")],
+        "answer is {!r}",
+        "is not empty, or a",
+    ),
+    *each(
+        "answer", ["<answer>red", "red</think>", "<answer></answer>"], "answer {!r} would not be right", "without tags"
+    ),
     *[(f"no region in {row}", row, ["boxes is empty or missing", "at least one box,"]) for row in NO_REGION],
     ("boxes is a number", GOOD | {"boxes": 5}, ["boxes is 5", "[[x1, y1, x2, y2], ...]"]),
     ("boxes is text", GOOD | {"boxes": "1 2 3 4"}, ["boxes is '1 2 3 4'", "list of boxes"]),
@@ -73,8 +82,13 @@ BAD_ROWS = [  # what is wrong, the row, words in the message
     ("two lists for one image", GOOD | {"boxes": BOX_LISTS}, ["2 lists", "1 images"]),
     ("flat list for two images", two([[1, 2, 3, 4], [5, 6, 7, 8]]), ["boxes is [[1, 2, 3, 4]", "for each image"]),
     ("choices is text", GOOD | {"choices": "red"}, ["choices is 'red'", "list of texts"]),
-    ("choices are numbers", GOOD | {"answer": 1, "choices": [1, 2]}, ["choices is [1, 2]", "list of texts"]),
-    ("choices empty", GOOD | {"choices": []}, ["choices is []", "leave it out"]),
+    ("choices hold null", GOOD | {"choices": ["red", None]}, ["choices is ['red', None]", "list of texts"]),
+    ("choices without a label", GOOD | {"choices": {"label": ["A"], "text": ["red", "b"]}}, ["choices is {'label'"]),
+    ("index past the choices", GOOD | {"answer": 2, "choices": ["x", "y"]}, ["'2'", "its index from 0"]),
+    ("index beside numbered choices", GOOD | {"answer": 1, "choices": ["D", "B", "A", "C"]}, ["'1'", "use one,"]),
+    ("letter and another text", GOOD | {"answer": "A. y", "choices": ["x", "y"]}, ["'A. y'", "['x', 'y']"]),
+    ("several choices", GOOD | {"answer": ["A", "B"], "choices": ["x", "y"]}, ["['A', 'B']", "the one that is right"]),
+    ("a comma in a list", GOOD | {"answer": ["a, b"], "answer_type": "list"}, ["'a, b'", "items without , and ;"]),
     ("answer not a choice", GOOD | {"choices": ["blue", "green"]}, ["'red'", "['blue', 'green']", "letter"]),
     ("letter past the choices", GOOD | {"answer": "C", "choices": ["blue", "green"]}, ["'C'", "letter"]),
     ("too many choices", GOOD | {"choices": ["red"] * 27}, ["choices has 27", "at most 26"]),
@@ -84,8 +98,15 @@ BAD_ROWS = [  # what is wrong, the row, words in the message
     ("picture is too long for Qwen", GOOD | {"image": "long.png"}, ["500 x 2 pixels", "200 times", "crop"]),
     ("picture has floats", GOOD | {"image": "float.tif"}, ["float.tif", "floating-point", "8 or 16 bits"]),
     ("picture is an address", GOOD | {"image": "https://a.org/b.png"}, ["https://a.org/b.png", "save it as"]),
-    ("picture in the row", GOOD | {"image": f"data:image/png;base64,iVB{'A' * 9000}"}, ["data:image", "save it as"]),
-    ("picture is base64", GOOD | {"image": "iVBORw0KGgo" + "A" * 9000}, ["iVBORw0KGgo", "cannot be read"]),
+    *each("image", [f"{start}iVBORw0KGgo{'A' * 9000}" for start in ("", "data:image/png;base64,")], "in memory cannot"),
+    *each("image", [f"data:image/png;base64,{text}" for text in ("iVB", "%89PNG" * 20)], "data:image", "save it as"),
+    (
+        "picture is a page in the row",
+        GOOD | {"image": "data:text/html;base64,iVBORw0KGgoAAAA"},
+        ["data:text", "save it"],
+    ),
+    ("picture is nearly base64", GOOD | {"image": "iVBORw0KGgo*" + "A" * 9000}, ["iVBORw0KGgo", "cannot be read"]),
+    *each("image", [["a.png", "b.png"], [["a.png"]]], "image is a list of", "call it images"),
     ("path with a zero", GOOD | {"image": "a.png\0"}, ["a.png", "cannot be read"]),
     ("path of Windows", GOOD | {"image": "images\\a.png"}, ["images", "no such file"]),
     ("second picture is missing", two(BOX_LISTS, images=["a.png", "gone.png"]), ["gone.png", "no such file"]),
@@ -177,7 +198,9 @@ BAD_BOXES = [  # what is wrong, box_format, box of a 40 x 30 picture, words in t
     ("h is negative", "xywh_1000", [10, 10, 5, -1], ["no area", "h > 0", "--box_format xyxy_1000 "]),
     ("x2 = x1", "xyxy_1000", [10, 10, 10, 20], ["no area", "x1 < x2", "--box_format xywh_1000"]),
     ("y2 < y1", "xyxy_normalized", [0.1, 0.5, 0.2, 0.4], ["no area", "--box_format xywh_normalized"]),
-    ("fractions", "xywh", [0.1, 0.1, 0.5, 0.5], ["fractions", "--box_format xywh_normalized"]),
+    ("fractions", "xywh", [0.1, 0.1, 0.5, 0.5], ["fractions", "--box_format xywh_normalized or xyxy_normalized"]),
+    ("fractions, x + w", "xyxy", [0.5, 0.5, 0.2, 0.2], ["fractions", "those take --box_format xywh_normalized"]),
+    ("thousandths, x + w", "xyxy", [600, 700, 100, 50], ["no area", "give --box_format xywh_1000 for those"]),
     ("fractions", "xyxy_1000", [0.1, 0.1, 0.5, 0.5], ["fractions", "--box_format xyxy_normalized"]),
     ("pixels", "xyxy_normalized", [1, 2, 30, 20], ["outside", "from 0 to 1;", "in --box_format xyxy or"]),
     ("pixels", "xywh_normalized", [20, 2, 15, 20], ["outside", "from 0 to 1;", "in --box_format xywh or"]),
@@ -294,3 +317,34 @@ def test_the_good_rows_among_all_bad_ones_train(folder, tmp_path, capsys):
     assert metrics["grad_norm"] > 0
     examples = load_examples(data, bad_rows="skip")
     assert {example["id"]: example["boxes"] for example in examples} == {row["id"]: row["boxes"] for row in good}
+
+
+def other_rows(box_format: str, count: int = 12) -> list[dict]:
+    """Rows of 40 x 30 pictures with boxes in this format."""
+    corners = [[2 + 2 * number, 1 + number, 12 + 2 * number, 9 + number] for number in range(count)]
+    return [
+        GOOD | {"boxes": [written(box, WIDTH, HEIGHT, box_format)], "id": str(number)}
+        for number, box in enumerate(corners)
+    ]
+
+
+FORMATS = [(stored, declared) for stored in BOX_FORMATS for declared in ("xyxy", "xywh") if stored != declared]
+
+
+@pytest.mark.parametrize(("stored", "declared"), FORMATS)
+def test_a_file_in_another_box_format_is_said_once_and_nothing_is_skipped(folder, stored, declared):
+    data = write_jsonl(folder, *other_rows(stored), GOOD | {"image": "gone.png"})
+    for bad_rows in ("error", "skip"):
+        with pytest.raises(DataError, match=f"boxes in another format; give --box_format {stored}; first") as raised:
+            load_examples(data, box_format=declared, bad_rows=bad_rows)
+        message = str(raised.value)
+        assert message.count("train.jsonl:") == 3 and "gone.png" in message and "no row is skipped before" in message
+    assert len(load_examples(data, box_format=stored, bad_rows="skip")) == 12
+
+
+def test_single_bad_boxes_are_no_other_format(folder):
+    """One of few rows, and rows that other rows contradict, are skipped as before."""
+    swapped = [GOOD | {"boxes": [[20, 15, 8, 8]]}] * 4  # [x, y, w, h], or corners in the wrong order
+    for rows in ([GOOD, GOOD, swapped[0]], [*swapped, *[GOOD | {"boxes": [[30, 20, 39, 29]]}] * 8]):
+        examples = load_examples(write_jsonl(folder, *rows), bad_rows="skip")
+        assert len(examples.skipped) == sum(row in swapped for row in rows)

@@ -17,11 +17,26 @@ YES = {"answer": "yes", "answer_type": "yes_no"}
 LETTER = {"answer": "B", "answer_type": "letter"}
 LIST = {"answer": "[red, blue]", "answer_type": "list"}
 POINTS = {"answer": "P'", "choices": ["P'", "P", "Q"]}
+PARTS = {"answer": "A", "choices": ["B", "A", "2"]}
+DIGITS = {"answer": "B", "choices": ["1", "10", "100"]}
+ANGLES = {"answer": "A", "choices": ["$45^\\circ$", "$60^\\circ$"]}
+SPEEDS = {"answer": "3 \\times 10^8 m/s", "choices": ["3 \\times 10^8 m/s", "3 \\times 10^6 m/s", "3 \\times 10^8 m"]}
+HALVES = {"answer": "A", "choices": ["\\frac{1}{2}", "\\frac{1}{3}"]}
+SIGNS = {"answer": "B", "choices": ["-x", "x"]}
+COLORS = {"answer": "red", "other_answers": ["crimson", "dark red"]}
 MATH_CHOICES = {"answer": "C", "choices": ["$\\frac{1}{3}$", "$2$", "$\\frac{1}{2}$"], "answer_type": "math"}
 
 
 def cases(example: dict, expected: bool, reason: str, *answers: str) -> list[tuple]:
     return [(answer, example, expected, reason) for answer in answers]
+
+
+def number(gold: str) -> dict:
+    return {"answer": gold, "answer_type": "number"}
+
+
+def math(gold: str) -> dict:
+    return {"answer": gold, "answer_type": "math"}
 
 
 CASES = [  # answer, example, whether it is right, why
@@ -59,7 +74,82 @@ CASES = [  # answer, example, whether it is right, why
     ("'P''", POINTS, True, "a prime in quotes"),
     ("P", POINTS, False, "and P is another point"),
     ("B", {"answer": "A", "choices": ["6'", '6"']}, False, "6 inches are not 6 feet"),
+    *cases(
+        PETS, True, "common wordings", "Option B. dog", "Option (B) dog", "Option B: dog", "The correct option is B"
+    ),
+    *cases(PETS, True, "common wordings", "The correct choice is B", "Answer (B)", "The answer is option B", "答案：B"),
+    *cases(
+        PETS, True, "Markdown", "**B.** dog", "**B** dog", "**Answer:** B", "B: **dog**", "- B", "B\n\ndog", "- dog"
+    ),
+    ("B。", PETS, True, "a Chinese full stop"),
+    *cases(PETS, False, "the same wordings for another one", "Option B. cat", "The correct option is A", "**B.** cat"),
+    *cases(
+        PETS, False, "the same wordings for another one", "B\n\ncat", "- A", "A。", "答案：A", "**A.** dog", "B cat"
+    ),
+    *cases(
+        PETS, False, "hedging in the same wordings", "**A** or **B**", "The correct option is A or B", "- A\n- B", "B A"
+    ),
+    *cases(
+        PETS, False, "a negation, or no label", "The correct option is not B", "Option B dog cat", "The option is yours"
+    ),
+    *cases(PARTS, True, "a letter that is also a text: the text", "A", "- A", "**A**"),
+    *cases(PARTS, False, "the letter of the right text, which is another text", "B", "- B", "2"),
+    *cases(DIGITS, True, "a number in LaTeX or words", "$10$", "ten", "\\text{10}"),
+    *cases(DIGITS, False, "two of the numbers, without a comma", "1 10", "10 1"),
+    *cases(ANGLES, True, "degrees in any spelling", "45°", "45^\\circ", "$45^{\\circ}$", "45 degrees", "A. 45°"),
+    *cases(ANGLES, False, "another angle or unit", "60°", "45", "45 rad", "45%", "A. 60°"),
+    *cases(
+        SPEEDS,
+        True,
+        "a quantity",
+        "3×10⁸ m/s",
+        "3e8 m/s",
+        "3 \\times 10^{8} \\text{ m/s}",
+        "300,000,000 meters per second",
+    ),
+    *cases(SPEEDS, False, "another quantity", "3×10⁶ m/s", "3×10⁸ m", "3e8 m/s^2", "3e8 km/h"),
+    *cases(HALVES, True, "choices in LaTeX are values", "0.5", "½", "\\frac24", "\\dfrac{1}{2}"),
+    *cases(HALVES, False, "another value, or two", "0.3", "1/3", "½ or ⅓", "2"),
+    *cases(SIGNS, True, "a sign is no bullet", "x", "B"),
+    *cases(SIGNS, False, "a sign is no bullet", "-x", "- x", "A"),
+    ("5 meters", {"answer": "A", "choices": ["5 m", "6 m"]}, True, "the unit in a word"),
+    ("1.2 m", {"answer": "A", "choices": ["1.2M", "6M"]}, False, "a million is no meter"),
+    ("45%", {"answer": "A", "choices": ["45\\%", "60\\%"]}, True, "a percent sign in LaTeX"),
+    ("60%", {"answer": "A", "choices": ["45\\%", "60\\%"]}, False, "another percentage"),
     # text
+    *cases(COLORS, True, "several right answers", "red", "Crimson", "the dark red"),
+    *cases(
+        COLORS,
+        False,
+        "two of them, or a part",
+        "red, crimson",
+        "red or crimson",
+        "dark",
+        "[red, crimson]",
+        "['red', 'crimson']",
+    ),
+    *cases({"answer": "红色"}, True, "a Chinese full stop", "红色。", "答案是红色"),
+    ("蓝色。", {"answer": "红色"}, False, "another color"),
+    *cases({"answer": "60°"}, True, "the same quantity", "60 degrees", "60^\\circ", "60\\text{ degrees}"),
+    *cases({"answer": "60°"}, False, "another quantity", "60", "60 rad", "60°C", "6°", "60%"),
+    *cases({"answer": "3 cm"}, True, "the same quantity", "3cm", "3 centimeters", "3\\,\\mathrm{cm}", "three cm"),
+    *cases({"answer": "3 cm"}, False, "another quantity", "3", "3 m", "30 mm", "3 cm²", "3 or 4 cm", "-3 cm"),
+    ("1.2 m", {"answer": "1.2M"}, False, "a million is no meter"),
+    *cases({"answer": "¾"}, True, "a fraction", "3/4", "\\frac34", "\\frac{3}{4}"),
+    *cases({"answer": "¾"}, False, "another fraction, or a date", "6/8", "4/3", "34", "\\frac43", "2¾"),
+    *cases({"answer": "x^2"}, True, "a superscript", "x²", "x^{2}"),
+    *cases({"answer": "x^2"}, False, "no superscript", "x2", "x_2", "x₂", "x³", "2x"),
+    *cases({"answer": "$18.90"}, True, "LaTeX escapes and names of a currency", "\\$18.90", "US$18.90", "$\\$18.90$"),
+    *cases({"answer": "$18.90"}, False, "another currency or amount", "A$18.90", "₹18.90", "\\$18.09", "€18.90"),
+    *cases({"answer": "45%"}, True, "a percent sign in LaTeX", "45\\%", "$45\\%$"),
+    *cases({"answer": "45%"}, False, "another unit", "45°", "45\\text{ cm}", "0.45"),
+    *cases({"answer": "1000"}, True, "thousands", "1,000", "1{,}000", "1\\,000", "10^3"),
+    *cases({"answer": "1000"}, False, "no thousands", "1.000", "1,00", "0,1000", "10,00", "10^4", "103"),
+    *cases({"answer": "\\frac12"}, True, "LaTeX is mathematics", "0.5", "1/2", "½", "\\frac{2}{4}"),
+    *cases({"answer": "\\frac12"}, False, "another value", "1/3", "12", "\\frac21", "0.5 or 2", "2"),
+    *cases({"answer": "\\sqrt{2}"}, True, "LaTeX is mathematics", "√2", "\\sqrt2", "2^{1/2}", "\\frac{2}{\\sqrt{2}}"),
+    *cases({"answer": "\\sqrt{2}"}, False, "another value", "2", "√3", "1.4", "\\pm\\sqrt{2}"),
+    ("1/2", {"answer": "\\frac{2}{4}", "answer_type": "text"}, False, "text by its answer_type"),
     ("Top institutions", {"answer": "top institutions"}, True, "case"),
     ("the left subplot", {"answer": "left subplot"}, True, "an article in front"),
     ("“red”", {"answer": "red"}, True, "typographic quotes"),
@@ -119,7 +209,69 @@ CASES = [  # answer, example, whether it is right, why
     ("1.5 × 10^3", {"answer": "1500", "answer_type": "number"}, True, "scientific, as printed"),
     *cases(NUMBER, False, "no number", "1/0", "inf"),
     ("nan", {"answer": "nan"}, True, "as text, not as a number"),
+    *cases(
+        number("5"),
+        True,
+        "numbers as people write them",
+        "₹5",
+        "￥5",
+        "US$5",
+        "five",
+        "5℃",
+        "5 degrees Celsius",
+        "5\\%",
+    ),
+    *cases(number("5"), True, "a unit in LaTeX", "5\\text{ cm}", "5\\,\\mathrm{m}", "5^\\circ", "5 m²"),
+    *cases(
+        number("5"),
+        False,
+        "another number",
+        "5²",
+        "5₂",
+        "5^2",
+        "- 5",
+        "~5",
+        "5!",
+        "5\\text{ or }6",
+        "5\\text{ wrong}",
+        "5K",
+    ),
+    *cases(number("5°C"), True, "degrees", "5℃", "5 degrees Celsius", "5^\\circ\\text{C}", "5° C"),
+    *cases(number("5°C"), False, "other degrees", "5°F", "5℉", "5°", "5 degrees", "-5°C", "5 rad"),
+    *cases(number("5 cm"), False, "another unit in LaTeX", "5\\text{ m}", "5\\,\\mathrm{mm}", "5 cm²", "5^\\circ"),
+    *cases(number("12 cm^2"), True, "a squared unit", "12 cm²", "12\\text{ cm}^2", "12 square centimeters", "12"),
+    *cases(number("12 cm^2"), False, "another power", "12 cm", "12 cm³", "12 m²", "122"),
+    *cases(number("21"), True, "a number in words", "twenty-one", "twenty one"),
+    *cases(
+        number("21"),
+        False,
+        "another number in words",
+        "twenty",
+        "twenty two",
+        "twenty-one or two",
+        "one",
+        "-twenty-one",
+    ),
+    *cases(number("-5"), True, "a sign in words", "minus five", "negative 5"),
+    *cases(number("100000"), True, "Indian groups", "1,00,000", "100,000"),
+    *cases(number("100000"), False, "no groups", "1,00,00", "10,00,000", "1,0,0,000", "0,100,000"),
+    *cases(number("1200000"), True, "a letter for the scale", "1.2M", "$1.2M", "1200K", "1.2 million"),
+    *cases(number("1200000"), False, "a unit, or another scale", "1.2m", "1.2 m", "1.2 M", "1.2B", "1.2K"),
+    *cases(number("1.2B"), True, "a letter for the scale", "1.2 billion", "1200M", "1,200,000,000"),
+    *cases(number("0.5"), True, "a fraction", "½", "1/2", "\\frac12", "\\dfrac{1}{2}", "\\frac{2}{4}", "50\\%"),
+    *cases(number("0.5"), False, "another fraction", "⅓", "2/1", "\\frac21", "\\frac{1}{0}", "12"),
+    *cases(number("2.5"), True, "a mixed number", "2½", "2 1/2", "2\\frac{1}{2}", "5/2"),
+    *cases(number("2.5"), False, "another mixed number", "2¼", "21/2", "1", "3 1/2", "2 1 2"),
+    *cases(number("300000000"), True, "scientific", "3×10⁸", "3\\times10^8", "3 \\times 10^{8}", "3·10^8", "3e8"),
+    *cases(number("300000000"), False, "another exponent", "3×10⁷", "3×108", "3\\times10^{-8}", "3×10⁸×10"),
+    *cases(number("10^{-30}"), True, "tiny", "10⁻³⁰", "1e-30", "1\\times 10^{-30}"),
+    *cases(number("10^{-30}"), False, "another tiny number", "10^{-20}", "0", "1e-29", "-1e-30"),
     # ChartQA's tolerance
+    *cases({"answer": "1200000", "answer_type": "relaxed_number"}, True, "a letter for the scale", "1.2M", "1.25M"),
+    *cases(
+        {"answer": "1200000", "answer_type": "relaxed_number"}, False, "5 % are not enough", "1.3M", "1.2 m", "1.2K"
+    ),
+    ("2010\n2012", {"answer": "[2010, 2012]", "answer_type": "relaxed_number"}, True, "a list by line"),
     ("209", CHART, True, "4.5 % off"),
     ("210", CHART, True, "just 5 % off"),
     ("211", CHART, False, "more than 5 % off"),
@@ -157,6 +309,71 @@ CASES = [  # answer, example, whether it is right, why
     ("12", {"answer": "12 cm", "answer_type": "math"}, True, "the unit left out"),
     ("even", {"answer": "Even", "answer_type": "math"}, True, "a word has no case"),
     ("an even number", {"answer": "even number", "answer_type": "math"}, True, "words may have an article"),
+    *cases(
+        math("2\\text{ m}"), True, "the same unit in other words", "2 m", "2\\,\\mathrm{m}", "2\\text{ meters}", "2"
+    ),
+    *cases(
+        math("2\\text{ m}"),
+        False,
+        "another unit",
+        "2\\text{ cm}",
+        "2 cm",
+        "2\\text{ m}^2",
+        "2°",
+        "2\\%",
+        "2\\text{ apples}",
+    ),
+    *cases(math("30^\\circ"), True, "degrees", "30°", "30^{\\circ}", "30 degrees", "30"),
+    *cases(
+        math("30^\\circ"),
+        False,
+        "no degrees",
+        "30\\text{ rad}",
+        "30 rad",
+        "\\frac{\\pi}{6}",
+        "30\\%",
+        "30^\\circ\\text{C}",
+    ),
+    *cases(math("2\\sqrt{3}\\text{ cm}"), True, "roots with a unit", "2√3 cm", "2\\sqrt3 cm", "√12\\text{ cm}", "2√3"),
+    *cases(
+        math("2\\sqrt{3}\\text{ cm}"),
+        False,
+        "another root or unit",
+        "2√3 m",
+        "2\\sqrt{3}\\text{ m}",
+        "√23 cm",
+        "2\\sqrt3 cm²",
+    ),
+    *cases(math("10^{-30}"), True, "tiny", "10⁻³⁰", "1e-30", "\\frac{1}{10^{30}}"),
+    *cases(math("10^{-30}"), False, "another tiny value", "10^{-20}", "0", "\\frac{1}{10^{20}}", "1e-31"),
+    *cases(math("10^{-30}x"), False, "another tiny factor", "10^{-20}x", "0"),
+    *cases(math("0.0000001"), False, "seven places", "0.0000002", "0"),
+    *cases(math("\\frac13"), True, "six places", "0.333333", "0.33333333333"),
+    *cases(math("\\frac13"), False, "too few places", "0.33", "0.3333"),
+    *cases(math("1001_2"), True, "a base", "1001_{2}", "1001₂"),
+    *cases(math("1001_2"), False, "another base", "1001", "1001_3", "1011_2", "-1001_2"),
+    ("1001_2", math("1001"), False, "a base that the answer has not"),
+    *cases(math("\\$18.90"), True, "a currency", "$18.90", "18.90", "\\$18.9"),
+    *cases(math("\\$18.90"), False, "another currency or amount", "€18.90", "\\$18.09", "18.90%"),
+    *cases(math("1000"), True, "thousands", "1{,}000", "1\\,000", "1,000", "10^3"),
+    *cases(math("1000"), False, "no thousands", "1.000", "(1,000,0)", "10,00"),
+    *cases(math("(-\\infty, 2]"), True, "infinity", "(-∞,2]", "\\left(-\\infty, 2\\right]"),
+    *cases(math("(-\\infty, 2]"), False, "another interval", "(-∞,2)", "(∞,2]", "[2,-∞)"),
+    ("\\infty", math("∞"), True, "infinity"),
+    ("-∞", math("\\infty"), False, "minus infinity"),
+    *cases(math("\\pi r^2"), True, "letters and powers in Unicode", "πr²", "r²·π", "π × r^2"),
+    *cases(math("\\pi r^2"), False, "another power or letter", "πr³", "πr2", "2πr", "θr²"),
+    *cases(math("x \\le 5"), True, "a relation", "x≤5", "x \\leq 5"),
+    *cases(math("x \\le 5"), False, "another relation", "x<5", "x≥5", "x = 5", "5"),
+    ("2½", math("\\frac{5}{2}"), True, "a mixed number"),
+    ("1", math("2\\frac{1}{2}"), False, "a mixed number is no product"),
+    ("5 pears", math("5\\text{ m}"), False, "something else is counted"),
+    (
+        "\\begin{pmatrix}1\\\\ 2\\end{pmatrix}",
+        math("\\begin{pmatrix}1\\\\2\\end{pmatrix}"),
+        True,
+        "a line break of LaTeX",
+    ),
     ("C", MATH_CHOICES, True, "beside choices, the letter"),
     ("0.5", MATH_CHOICES, True, "beside choices, the value"),
     ("0.4", MATH_CHOICES, False, "no choice has this value"),
@@ -166,6 +383,19 @@ CASES = [  # answer, example, whether it is right, why
     ("A or B", LETTER, False, "hedging"),
     ("ABCD", LETTER, False, "all of them"),
     ("blue and red", LIST, True, "in any order"),
+    *cases(
+        LIST, True, "a list by line or with other marks", "red\nblue", "- blue\n- red", "1. red\n2. blue", "red & blue"
+    ),
+    *cases(
+        LIST, False, "a list by line with another item", "red\ngreen", "- red", "red\nblue\ngreen", "1. red\n2. red"
+    ),
+    *cases({"answer": "1,000, 2,000", "answer_type": "list"}, True, "thousands", "1000, 2000", "2000\n1,000"),
+    *cases(
+        {"answer": "1,000, 2,000", "answer_type": "list"}, False, "other numbers", "1, 2", "1000, 200", "1000", "3000"
+    ),
+    *cases({"answer": "5, 6", "answer_type": "list"}, False, "signs are no bullets", "-5\n-6", "5\n-6", "- 5"),
+    *cases({"answer": "[$5, 6]", "answer_type": "list"}, True, "units of items", "6, $5", "6 and 5", "5 dollars, 6"),
+    *cases({"answer": "[$5, 6]", "answer_type": "list"}, False, "units of items", "6, €5", "5%, 6", "$6, 5%"),
     *cases(LIST, False, "one missing, too many, or twice", "red", "red, blue, green", "red, red, blue"),
 ]
 
@@ -186,6 +416,12 @@ WHOLE_TEXTS = [
     ("<answer>B", False, "never closed"),
     ("<answer>A</answer> B</answer>", False, "a second end behind the gold answer"),
     ("\uff1canswer\uff1eB\uff1c/answer\uff1e", False, "fullwidth tags are no tags"),
+    ("<think>I end with <answer></answer>.</think> <answer>B</answer>", True, "tags quoted in the thinking"),
+    ("<think><answer>B</answer></think> <answer>A</answer>", False, "right in the thinking alone"),
+    ("<think>It is <answer>B</answer></think>", False, "no answer behind the thinking"),
+    ("</think> <answer>B</answer>", True, "the prompt had begun the thinking"),
+    ("<think>a</think> b</think> <answer>B</answer>", True, "behind the last end of thinking"),
+    ("<think></think> <answer>A</answer> <answer>B</answer>", False, "several blocks behind the thinking"),
     ("x" * 100_000 + "<answer>B</answer>", True, "long reasoning"),
     ("<answer>" + "B " * 5_000 + "</answer>", False, "a very long answer"),
     ("<answer>B" + " " * 300 + "</answer>", True, "blanks around it are no length"),

@@ -5,7 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 from unittest.mock import Mock
 
 import pytest
-from test_grader import CHART, FOUR, LETTER, LIST, NUMBER, PETS, YES
+from test_grader import CHART, FOUR, LETTER, LIST, MATH_CHOICES, NUMBER, PETS, YES
 
 from sayo.grader import math_answers
 from sayo.grader.grader import is_correct
@@ -38,7 +38,7 @@ def one_second(monkeypatch):
 
 @pytest.mark.parametrize("text", HOSTILE, ids=lambda text: text[:40].encode("ascii", "replace").decode())
 def test_no_answer_takes_long(text, one_second):
-    examples = [FOUR, PETS, NUMBER, CHART, YES, LIST, LETTER, {"answer": "red"}]
+    examples = [MATH_CHOICES, FOUR, PETS, NUMBER, CHART, YES, LIST, LETTER, {"answer": "red"}]
     begin = time.perf_counter()
     assert not any(is_correct(text, example) for example in examples)
     assert time.perf_counter() - begin < 10

@@ -280,7 +280,7 @@ UNPAINTABLE = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("regions", UNPAINTABLE, ids=str)
+@pytest.mark.parametrize("regions", UNPAINTABLE)
 def test_what_cannot_be_painted_is_refused(regions):
     with pytest.raises(ValueError, match="40 x 30|points"):
         paint_region((WIDTH, HEIGHT), **regions)

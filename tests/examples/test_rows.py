@@ -1,17 +1,24 @@
 """Files of JSON as people have them, and columns under the names that people gave them."""
 
+import bz2
+import csv
+import gzip
+import io
 import json
+import lzma
 import tracemalloc
 
 import datasets
 import pytest
 from conftest import GOOD, without, write_jsonl
 
+from evaluate import load_held_out
 from sayo.examples.load import load_examples
 from sayo.examples.pictures import DataError
 from sayo.examples.rows import Lines
 from sayo.run.config import PolicyConfig
 from sayo.settings import ConfigError, read_config
+from train_rl import Config
 
 
 def test_lines_as_editors_write_them(folder):
@@ -147,3 +154,181 @@ def test_the_settings_reach_the_loader(folder):
     assert load_examples("scenes", **read_config(PolicyConfig, []).data_arguments())[0]["boxes"]
     with pytest.raises(ConfigError, match="(?s)box_format='yolo'.*fields: 'query' is not name=column"):
         read_config(PolicyConfig, ["--box_format", "yolo", "--fields", "query"])
+
+
+def table(rows: list[dict], **options) -> bytes:
+    """Rows as a table of texts, lists in JSON, as csv.DictWriter has them."""
+    file = io.StringIO()
+    writer = csv.DictWriter(file, list(dict.fromkeys(name for row in rows for name in row)), **options)
+    writer.writeheader()
+    writer.writerows(
+        {name: value if isinstance(value, str) else json.dumps(value) for name, value in row.items()} for row in rows
+    )
+    return file.getvalue().encode()
+
+
+ANSWERS = [
+    "2020-01-01",
+    "007",
+    "1.0",
+    "NA",
+    "true",
+    'a, "b"; c\td',
+    "1e5",
+]  # each was something else in a table of pandas
+ROWS = [GOOD | {"answer": answer, "id": f"n{number}"} for number, answer in enumerate(ANSWERS)]
+LINES = "".join(json.dumps(row) + "\n" for row in ROWS).encode()
+CONTENTS = [  # name, bytes
+    ("a.jsonl", LINES), ("a.JSONL", LINES), ("a.ndjson", LINES), ("a.jsonl.gz", gzip.compress(LINES)),
+    ("a.ndjson.bz2", bz2.compress(LINES)), ("a.JSONL.XZ", lzma.compress(LINES)),
+    ("a.json.gz", gzip.compress(json.dumps(ROWS).encode())),
+    ("a.csv", table(ROWS)), ("a.CSV", b"\xef\xbb\xbf" + table(ROWS)), ("a.tsv", table(ROWS, delimiter="\t")),
+    ("semicolons.csv", table(ROWS, delimiter=";")), ("a.csv.gz", gzip.compress(table(ROWS))),
+    ("unix.csv", table(ROWS, lineterminator="\n")), ("python.csv", table(ROWS).replace(b"[[", b"[ [")),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "content"), CONTENTS, ids=[name for name, _ in CONTENTS])
+def test_a_file_in_any_text_format_has_the_texts_that_are_in_it(folder, name, content):
+    """By its own name, through a link of any name from elsewhere, and as the only file of a folder."""
+    inner = folder / "inner"
+    inner.mkdir()
+    (inner / name).write_bytes(content)
+    (inner / "a.png").write_bytes((folder / "a.png").read_bytes())
+    (folder / "a.png").unlink()
+    for link in (name, "link"):
+        (folder / link).symlink_to(inner / name)
+    wanted = [(row["id"], row["answer"], row["boxes"]) for row in ROWS]
+    sources = [inner / name, folder / name, folder / "link"]
+    for source in sources + ([inner] if name in ("a.jsonl", "a.csv", "a.tsv", "a.json.gz") else []):
+        found = [(example["id"], example["answer"], example["boxes"]) for example in load_examples(str(source))]
+        assert found == wanted
+
+
+BROKEN_FILES = [  # name, bytes, words
+    ("cut.jsonl.gz", gzip.compress(LINES)[:-20], "cannot be unpacked .*pack it again"),
+    ("no.jsonl.gz", b"\x1f\x8bnothing", "cannot be unpacked"),
+    ("wide.csv", table(ROWS).decode().encode("utf-16"), "UTF-16; save it as UTF-8"),
+    ("latin.csv", "image,question\na.png,\xe9".encode("latin-1"), "no table in UTF-8"),
+    ("quote.csv", b'image,question\na.png,"Who', "no table in UTF-8 .*unexpected end of data"),
+    ("twice.csv", b"image,answer,answer\na,b,c\n", "two columns with the name 'answer'"),
+    ("long.csv", table(ROWS[:1]) + b"\na,b,c,d,e,f,g\n", r"long.csv:4: cells \['f', 'g'\] are beyond the names"),
+    ("boxes.csv", table([ROWS[0] | {"boxes": "1 2 3 4"}]), "boxes is '1 2 3 4'"),
+    ("deep.csv", table([ROWS[0] | {"boxes": "[" * 5000}]), r"boxes is '\[\[\["),
+    ("code.csv", table([ROWS[0] | {"boxes": "[__import__('os')]"}]), r"boxes is \"\[__import__"),
+    ("a.txt", LINES, "file of another type"),
+    ("part-*.jsonl", None, "no file has such a name"),
+    ("*/train.jsonl", None, "reaches into several folders"),
+    ("*", None, "(?s)reaches into several folders"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "content", "words"), BROKEN_FILES, ids=[case[0] for case in BROKEN_FILES])
+def test_a_file_that_cannot_be_read_is_named(folder, name, content, words):
+    for inner in ("x", "y"):
+        (folder / inner).mkdir()
+        write_jsonl(folder / inner, GOOD)
+    if content is not None:
+        (folder / name).write_bytes(content)
+    with pytest.raises(DataError, match=words):
+        load_examples(str(folder / name))
+
+
+def test_a_pattern_names_several_files_of_a_folder(folder):
+    for number in (2, 1):
+        write_jsonl(folder, "", GOOD | {"question": f"{number}?"}, name=f"part-{number}.jsonl")
+    (folder / "part-3.csv").write_bytes(table([GOOD | {"question": "3?"}]))
+    examples = load_examples(str(folder / "part-*"))
+    assert [example["id"] for example in examples] == ["part-1.jsonl:2", "part-2.jsonl:2", "part-3.csv:2"]
+    assert [example["question"] for example in examples] == ["1?", "2?", "3?"]
+    write_jsonl(folder, GOOD | {"query": "a column of one file"}, name="part-4.jsonl")
+    assert len(load_examples(str(folder / "part-*"), fields=["polygons=query"], bad_rows="skip")) == 3
+    write_jsonl(folder, GOOD, name="part-[x].jsonl")  # the name of a file
+    assert len(load_examples(str(folder / "part-[x].jsonl"))) == 1
+
+
+CONVERSATION = {
+    "image": "a.png",
+    "conversations": [{"value": "Which?"}, {"value": "red"}],
+    "prompt": [{"content": "Q?"}],
+}
+TURNS = [  # --fields, question and answer, or words of the message
+    (["question=conversations.0.value", "answer=conversations.1.value"], ("Which?", "red")),
+    (["question=conversations.-2.value", "answer=conversations.-1.value"], ("Which?", "red")),
+    (["question=prompt.content", "answer=conversations.1.value"], ("Q?", "red")),
+    (
+        ["question=conversations.value", "answer=conversations.1.value"],
+        r"question is \['Which\?', 'red'\].*conversations.0",
+    ),
+    (["question=prompt.1.content", "answer=conversations.1.value"], "no row has 'prompt.1.content'"),
+    ([], "no row has answer, question; .*\n.*question=prompt.0.content answer=conversations.1.value"),
+]
+
+
+@pytest.mark.parametrize(("fields", "wanted"), TURNS)
+def test_one_turn_of_a_conversation_has_a_number(folder, fields, wanted):
+    data = write_jsonl(folder, CONVERSATION)
+    if isinstance(wanted, tuple):
+        (example,) = load_examples(data, fields=fields, require_boxes=False)
+        assert (example["question"], example["answer"]) == wanted
+    else:
+        with pytest.raises(DataError, match=wanted):
+            load_examples(data, fields=fields, require_boxes=False)
+
+
+FOREIGN = [  # a row, and the --fields that read it
+    ({"img_path": "a.png", "Query": "Q?", "label": "red", "bbox": [[1, 2, 3, 4]]},
+     "image=img_path question=Query answer=label boxes=bbox"),
+    ({"images": ["a.png"], "problem": "Q?", "solution": "red"}, "question=problem answer=solution"),
+    ({"image_paths": ["a.png"], "question": "Q?", "answer": "red", "box": [1, 2, 3, 4]},
+     "images=image_paths boxes=box"),
+    ({"image": "a.png", "question": "Q?", "reward_model": {"ground_truth": "red"}}, "answer=reward_model.ground_truth"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("row", "fields"), FOREIGN)
+def test_columns_of_others_are_one_message_with_the_fields_that_read_them(folder, row, fields):
+    for rows in ([row] * 30, ["no JSON", row]):
+        data = write_jsonl(folder, *rows)
+        for bad_rows in ("error", "skip"):
+            with pytest.raises(DataError, match="no row has ") as raised:
+                load_examples(data, require_boxes=False, bad_rows=bad_rows)
+            first, *others = str(raised.value).splitlines()
+            assert others == [f"this may fit: --fields {fields}"] and "its columns are: " in first
+    examples = load_examples(data, require_boxes=False, bad_rows="skip", fields=fields.split())
+    assert [(example["question"], example["answer"]) for example in examples] == [("Q?", "red")]
+    # Rows of sayo's own among them: each bad row is named.
+    with pytest.raises(DataError, match="1 bad and 1 good rows"):
+        load_examples(write_jsonl(folder, row, GOOD))
+
+
+EVAL = [  # flags, fields and box format of the data to evaluate
+    ([], ["question=query"], "xywh"),
+    (["--eval_fields", "none"], [], "xywh"),
+    (["--eval_fields", "answer=label", "--eval_box_format", "xyxy_1000"], ["answer=label"], "xyxy_1000"),
+]
+
+
+@pytest.mark.parametrize(("flags", "fields", "box_format"), EVAL)
+def test_data_to_evaluate_may_have_columns_and_a_box_format_of_its_own(folder, flags, fields, box_format):
+    row = {
+        "image": "a.png",
+        "label": "red",
+        "answer": "blue",
+        "query": "Which?",
+        "question": "What?",
+        "boxes": [[1, 2, 30, 20]],
+    }
+    data = write_jsonl(folder, row)
+    config = read_config(
+        Config, ["--data", data, "--eval_data", data, "--box_format", "xywh", "--fields", "question=query", *flags]
+    )
+    (example,) = load_held_out(config)
+    mapped = dict(field.split("=") for field in fields)
+    assert [example[name] for name in ("question", "answer")] == [
+        row[mapped.get(name, name)] for name in ("question", "answer")
+    ]
+    with pytest.raises(DataError, match="--eval_fields does not fit"):
+        load_held_out(read_config(Config, ["--eval_data", data, "--eval_fields", "question=gone"]))
+    with pytest.raises(ConfigError, match="(?s)eval_box_format='yolo'.*eval_fields: 'query' is not name=column"):
+        read_config(Config, ["--eval_box_format", "yolo", "--eval_fields", "query"])

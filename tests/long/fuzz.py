@@ -148,7 +148,8 @@ def fuzz_grader(content: bytes) -> None:
     verdict = grader.is_correct(completion, row)
     grader.answer_problem(gold, row.get("answer_type"), row.get("choices"))
     assert isinstance(verdict, bool)
-    if completion.count("<answer>") != 1 or completion.count("</answer>") != 1:
+    behind = completion.rpartition("</think>")[2]
+    if behind.count("<answer>") != 1 or behind.count("</answer>") != 1:
         assert not verdict
     if verdict:  # blanks around an answer, and reasoning before it, change nothing
         spaced = completion.replace("<answer>", "<answer> ").replace("</answer>", "\n</answer>")

@@ -7,13 +7,15 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from unittest import mock
 
+import huggingface_hub
 import pytest
 import torch
 from conftest import FAMILIES, adapted
 from huggingface_hub import ModelCard
 from oracle import encoded, logps, plain_logprobs
-from peft import PeftConfig, PeftModel
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from transformers import AutoModelForImageTextToText, AutoProcessor, BitsAndBytesConfig
 
 import train_rl
@@ -24,7 +26,7 @@ from sayo.model.prompts import encode_prompt
 from sayo.run.card import place, write_model_card
 from sayo.run.config import EMBEDDED_POLICY
 from sayo.run.files import save_adapter
-from sayo.settings import ConfigError, read_config
+from sayo.settings import ConfigError, UserError, read_config
 from tools import merge
 from tools.merge import MergeConfig
 from train_rl import Config
@@ -91,6 +93,120 @@ def test_an_adapter_names_the_revision_and_the_base_that_it_was_trained_on_last(
     save_adapter(model, tmp_path / "second")
     second = PeftConfig.from_pretrained(tmp_path / "second")
     assert (second.base_model_name_or_path, second.revision) == ("data/tiny_policy", None)
+
+
+def adapter_of(folder: Path, **settings) -> str:
+    """The folder of a plain PEFT adapter of the embedded policy, of rank 4 and alpha 8, all of whose weights count."""
+    torch.manual_seed(1)
+    settings = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj"], "task_type": "CAUSAL_LM"} | settings
+    model = get_peft_model(AutoModelForImageTextToText.from_pretrained(EMBEDDED_POLICY), LoraConfig(**settings))
+    with torch.no_grad():
+        for weight in filter(lambda weight: weight.requires_grad, model.parameters()):
+            weight.add_(0.02 * torch.randn_like(weight))
+    model.save_pretrained(folder)
+    return str(folder)
+
+
+KINDS = [  # settings of an adapter, whether it can be merged; None: it is refused
+    ({}, True),
+    ({"init_lora_weights": "gaussian"}, True),
+    ({"init_lora_weights": "orthogonal"}, True),
+    ({"use_dora": True, "use_rslora": True}, True),
+    ({"rank_pattern": {"layers.0": 2}, "alpha_pattern": {"layers.1": 3}}, True),
+    ({"target_modules": ["q_proj", "lm_head"]}, True),  # head and embeddings of this model are one tensor
+    ({"target_modules": ["q_proj", "embed_tokens"]}, True),
+    ({"target_modules": ["q_proj", "embed_tokens"], "ensure_weight_tying": True}, True),
+    ({"modules_to_save": ["lm_head", "norm"]}, True),
+    ({"trainable_token_indices": [5, 6]}, True),
+    ({"lora_bias": True}, False),
+    ({"init_lora_weights": "pissa"}, None),
+    ({"init_lora_weights": "olora"}, None),
+    ({"bias": "all"}, None),
+    ({"bias": "lora_only", "target_modules": "all-linear"}, None),
+]
+
+
+@pytest.mark.parametrize(("settings", "is_mergeable"), KINDS)
+def test_an_adapter_off_is_the_base_on_is_pefts_own_and_merged_says_the_same(
+    policy, examples, tmp_path, settings, is_mergeable
+):
+    """With PiSSA, OLoRA and trained biases, KL and "before" were taken of another model than the base."""
+    folder, (prompt, completions) = adapter_of(tmp_path / "adapter", **settings), encoded(policy[1], examples[0])
+    if is_mergeable is None:
+        with pytest.raises(UserError, match="would not be the base"):
+            load_policy(EMBEDDED_POLICY, adapter=folder)
+        return
+    model, _ = load_policy(EMBEDDED_POLICY, adapter=folder, lora_rank=0)
+    plain = PeftModel.from_pretrained(AutoModelForImageTextToText.from_pretrained(EMBEDDED_POLICY), folder)
+    expected = torch.cat([plain_logprobs(plain, prompt, completion) for completion in completions])
+    torch.testing.assert_close(logps(model, prompt, completions), expected, atol=2e-5, rtol=1e-5)
+    base = logps(load_policy(EMBEDDED_POLICY, lora_rank=0)[0], prompt, completions)
+    with model.disable_adapter():
+        torch.testing.assert_close(logps(model, prompt, completions), base, atol=1e-6, rtol=0)
+    assert (expected - base).abs().max() > 0.01
+    flags = MergeConfig(adapter=folder, model=EMBEDDED_POLICY, output=str(tmp_path / "merged"))
+    if not is_mergeable:
+        with pytest.raises(UserError, match="cannot be merged.*base layer has no bias"):
+            merge.merge(flags)
+        return
+    merged = AutoModelForImageTextToText.from_pretrained(merge.merge(flags))
+    found = torch.cat([plain_logprobs(merged, prompt, completion) for completion in completions])
+    torch.testing.assert_close(found, expected, atol=2e-5, rtol=1e-5)
+    is_tied = merged.get_input_embeddings().weight is merged.get_output_embeddings().weight
+    assert merged.config.tie_word_embeddings == merged.config.get_text_config().tie_word_embeddings == is_tied
+
+
+def test_a_merged_model_that_says_something_else_is_not_kept(saved, tmp_path, monkeypatch):
+    monkeypatch.setattr(merge, "merge_weights", lambda policy: policy.unload())
+    with pytest.raises(ConfigError, match="merged model says something else.*log-probs differ by .*not kept"):
+        merge.merge(MergeConfig(**saved[2]))
+    assert not list(tmp_path.glob("merged*"))
+
+
+def test_merging_takes_a_revision_of_the_hub_and_checks_the_adapter_first(saved, tmp_path):
+    broken = shutil.copytree(tmp_path / "adapter", tmp_path / "broken")
+    (broken / "adapter_model.safetensors").write_bytes(b"")
+    flags = MergeConfig(**saved[2] | {"adapter": "owner/adapter@c0ffee"})
+    with mock.patch.object(huggingface_hub, "snapshot_download", return_value=str(broken)) as download:
+        with mock.patch.object(merge, "load_policy") as load, pytest.raises(UserError, match="is damaged"):
+            merge.merge(flags)
+    load.assert_not_called()
+    assert download.call_args.args == ("owner/adapter",) and download.call_args.kwargs["revision"] == "c0ffee"
+    with mock.patch.object(huggingface_hub, "snapshot_download", return_value=str(tmp_path / "adapter")):
+        assert merge.merge(flags).is_dir()
+
+
+LORA_FLAGS = [  # flags beside an adapter of rank 4 and alpha 8, what the config then says, or words of the error
+    ([], (4, 8, None)),
+    (["--lora_rank", "4", "--lora_alpha", "8"], (4, 8, None)),
+    (["--lora_rank", "16"], "lora_rank=16: adapter=.* has 4; leave lora_rank out"),  # the default without an adapter
+    (["--lora_rank", "8", "--lora_alpha", "32"], "lora_rank=8: .*\nlora_alpha=32: .* has 8"),
+]
+
+
+@pytest.mark.parametrize(("flags", "expected"), LORA_FLAGS)
+def test_flags_beside_an_adapter_must_be_what_it_is(tmp_path, flags, expected):
+    """They did nothing, and config.yaml and the card said them."""
+    words = ["--adapter", adapter_of(tmp_path), *flags]
+    if isinstance(expected, str):
+        with pytest.raises(ConfigError, match=expected):
+            read_config(Config, words)
+    else:
+        config = read_config(Config, words)
+        assert (config.lora_rank, config.lora_alpha, config.lora_targets) == expected
+    alone = read_config(Config, flags)
+    assert (alone.lora_targets, alone.lora_rank) == ("language", alone.lora_rank or 16)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_lora_targets_beside_an_adapter_must_be_its_layers(model_folders, tmp_path, family):
+    for targets, other in (("language", "all-linear"), ("all-linear", "language")):
+        model, _ = load_policy(model_folders[family], lora_rank=2, lora_targets=targets)
+        save_adapter(model, tmp_path / targets)
+        flags = {"adapter": str(tmp_path / targets), "lora_rank": 2}
+        load_policy(model_folders[family], **flags, lora_targets=targets)
+        with pytest.raises(ConfigError, match=f"lora_targets='{other}': .* adapts other layers; leave it out"):
+            load_policy(model_folders[family], **flags, lora_targets=other)
 
 
 # --- the card ----------------------------------------------------------------------------------------------------
@@ -249,11 +365,11 @@ def test_merging_refuses_a_quantized_base_a_missing_adapter_and_weights_that_are
     (quantized / "config.json").write_text(json.dumps(config))
     with pytest.raises(ConfigError, match=r"quantized' is stored in quantized form.*full-precision"):
         merge.merge(MergeConfig(**flags, model=str(quantized)))
-    with pytest.raises(ConfigError, match=r"gone.*adapter/ folder of a run"):
+    with pytest.raises(UserError, match=r"gone.*adapter/ folder of a run"):
         merge.merge(MergeConfig(**flags | {"adapter": str(tmp_path / "gone")}))
     next(weight for name, weight in model.named_parameters() if "lora_B" in name).data[0, 0] = float("nan")
     save_adapter(model, tmp_path / "adapter")
-    with pytest.raises(ConfigError, match="weights that are not finite"):
+    with pytest.raises(UserError, match="weights that are not finite"):
         merge.merge(MergeConfig(**flags))
     assert not (tmp_path / "merged").exists()
 

@@ -315,6 +315,10 @@ def test_any_fields_are_a_config_that_comes_back_from_yaml_or_an_error_that_name
             return
         for name, value in chosen.items():
             found = getattr(config, name)  # an unknown field would have been an error
+            if value is None and found is not None:
+                continue  # filled in, by what else is given
+            if isinstance(value, str) and name != "system_prompt":
+                value = os.path.expanduser(value)
             if not isinstance(value, str) and isinstance(found, str):
                 assert found == yaml.safe_dump(value).split("\n")[0]  # as it was written
             elif isinstance(value, float) or isinstance(found, float):

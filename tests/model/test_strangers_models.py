@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import subprocess
 import sys
 from functools import partial
 from pathlib import Path
@@ -19,6 +20,7 @@ from evaluate import EvaluateConfig
 from sayo.examples.benchmarks import load_benchmark
 from sayo.examples.load import load_examples
 from sayo.examples.pictures import DataError
+from sayo.model import loading
 from sayo.model.families import PolicyError
 from sayo.model.loading import ADAPTER_FILES, load_policy
 from sayo.settings import ConfigError, read_config
@@ -79,6 +81,12 @@ def with_weights(change):
     return lambda path: save_file(dict(change(*pair) for pair in load_file(path).items()), path)
 
 
+def more_weights(name):
+    """With one more tensor in the language model."""
+    name = f"base_model.model.model.language_model.{name}"
+    return lambda path: save_file(load_file(path) | {name: torch.ones(64)}, path)
+
+
 CONFIG, WEIGHTS = ADAPTER_FILES
 NO_WEIGHTS = "holds no adapter_model.safetensors.*Pickles .*convert them"
 DAMAGES = [  # file, what is done to it, words of the message
@@ -93,6 +101,33 @@ DAMAGES = [  # file, what is done to it, words of the message
         for text in ("", "[]", "[" * 100_000, "{", '{"peft_type": [')
     ),
     (WEIGHTS, partial(Path.write_bytes, data=b"\xff" * 100), "cannot be put on this model"),
+    # Whatever an adapter takes out of the base, or changes in it, is missing or left when the adapter is off.
+    *(
+        (CONFIG, with_settings(**settings), words)
+        for settings, words in (
+            *(
+                ({"init_lora_weights": start}, "init_lora_weights=.*out of the base's weights.*Convert it by PEFT's")
+                for start in ("pissa", "pissa_niter_4", "olora", "OLORA", "loftq", "corda", "lora_ga", "soon_invented")
+            ),
+            ({"bias": "all"}, "bias='all'.*would not be the base.*merge_and_unload"),
+            ({"bias": "lora_only"}, "bias='lora_only'.*would not be the base"),
+            ({"layer_replication": [[0, 2], [1, 3]]}, "layer_replication.*would not be the base"),
+            ({"kasa_config": {}, "alora_invocation_tokens": [1]}, "alora_invocation_tokens=.*more than add to layers"),
+            ({"r": 0}, "r=0; give 1 or more"),
+            ({"r": "8"}, "r='8'; give 1 or more"),
+            ({"r": 10**9}, "r=1000000000, but no weight has so many rows"),
+            ({"rank_pattern": {"q_proj": 10**9}}, "no weight has so many rows"),
+            ({"target_modules": ["nope"]}, "cannot be put on this model"),
+            ({"target_modules": "("}, "cannot be put on this model"),
+            ({"target_modules": "(.*.*.*.*.*.*)*X"}, "it took more than 1 seconds"),
+            ({"exclude_modules": "(([a-z.0-9_]+)+)+X"}, "it took more than 1 seconds"),
+            ({"rank_pattern": {"(([a-z.0-9]+)+)+X": 3}}, "it took more than 1 seconds"),
+            ({"modules_to_save": 7}, "cannot be put on this model"),
+        )
+    ),
+    (WEIGHTS, with_weights(lambda key, value: (key, value * float("nan"))), "weights that are not finite .*earlier"),
+    (WEIGHTS, more_weights("layers.9.mlp.up_proj.lora_A.weight"), "there is no place for 1 tensors, .*layers.9"),
+    (WEIGHTS, more_weights("norm.weight"), "norm.weight is a weight of the base, and another than the model's"),
     # peft only warns when no key fits, and training would go on from an adapter that does nothing.
     (WEIGHTS, with_weights(lambda key, value: (key.replace("layers", "blocks"), value)), "cannot be put on this model"),
     (WEIGHTS, with_weights(lambda key, value: (key, torch.cat([value, value]))), "cannot be put on this model"),
@@ -100,11 +135,101 @@ DAMAGES = [  # file, what is done to it, words of the message
 
 
 @pytest.mark.parametrize(("file", "damage", "words"), DAMAGES)
-def test_an_adapter_that_is_unsafe_or_does_not_fit_is_refused(model_folders, adapter, file, damage, words):
+def test_an_adapter_that_is_unsafe_or_does_not_fit_is_refused(model_folders, adapter, monkeypatch, file, damage, words):
+    monkeypatch.setattr(loading, "SECONDS", 1)
     damage(adapter / file)
     with pytest.raises(PolicyError, match=words):
         load_policy(model_folders["qwen3_vl"], adapter=str(adapter))
     assert "this" not in sys.modules and not (adapter.parent / "ran").exists()
+
+
+def with_part(part: str, **settings):
+    """Of config.json or processor_config.json: settings inside a part."""
+
+    def change(path: Path) -> None:
+        content = json.loads(path.read_text())
+        path.write_text(json.dumps(content | {part: content[part] | settings}))
+
+    return change
+
+
+def as_shard(name: str):
+    """The weights in a shard of this name, which an index names."""
+
+    def change(path: Path) -> None:
+        weights = load_file(path)
+        path.unlink()
+        shard = path.parent / name
+        save_file(weights, shard) if name.endswith(".safetensors") else torch.save(weights, shard)
+        index = {"metadata": {}, "weight_map": dict.fromkeys(weights, name)}
+        (path.parent / "model.safetensors.index.json").write_text(json.dumps(index))
+
+    return change
+
+
+def without_weight(path: Path) -> None:
+    weights = load_file(path)
+    save_file({name: value for name, value in weights.items() if "layers.1.mlp.up_proj" not in name}, path)
+
+
+MODEL, FEW_WORDS = "model.safetensors", "cannot be loaded"
+LOOP = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
+ODD_MODELS = [  # file, what is done to it, words of the message
+    (MODEL, as_shard("pytorch_model.bin"), r"names 'pytorch_model.bin'; shards are safetensors .*Pickles"),
+    (MODEL, as_shard("../w.safetensors"), r"names '../w.safetensors'; shards are safetensors in the model's folder"),
+    (MODEL, lambda path: (path.parent / "model.safetensors.index.json").write_text("[]"), "is no index of shards"),
+    (MODEL, without_weight, "it lacks 1 tensors, .*layers.1.mlp.up_proj"),
+    (MODEL, more_weights("norm.extra"), "there is no place for 1 tensors, .*norm.extra"),
+    (MODEL, with_weights(lambda key, value: (key, value[:1])), FEW_WORDS),
+    (MODEL, with_weights(lambda key, value: (key, value * float("nan"))), "weights of the model are not finite"),
+    ("config.json", with_part("text_config", num_hidden_layers=10**6), "num_hidden_layers=1000000; up to 1000"),
+    ("config.json", with_part("vision_config", depth=10**6), "=1000000; up to 1000 can be built"),
+    ("config.json", with_part("text_config", num_hidden_layers=1), "there is no place for .* tensors, .*layers.1"),
+    ("config.json", with_part("text_config", intermediate_size=10**9), "intermediate_size=1000000000; up to"),
+    ("config.json", with_part("text_config", num_attention_heads=0), FEW_WORDS),
+    ("config.json", with_part("text_config", rope_parameters={"rope_type": "other"}), FEW_WORDS),
+    ("config.json", with_settings(quantization_config={"quant_method": "gptq", "bits": 4}), "stored in quantized form"),
+    ("config.json", with_settings(video_token_id=10**6), "ids of config.json, .* to 1000000, are not those of 480"),
+    (
+        "generation_config.json",
+        with_settings(eos_token_id=10**6),
+        "ids of the end of a completion, .*1000000, are not those of 480",
+    ),
+    ("generation_config.json", with_settings(eos_token_id="x"), "cannot be run"),
+    ("processor_config.json", with_part("image_processor", patch_size=0), "cannot encode a prompt"),
+    ("processor_config.json", with_part("image_processor", do_resize=False), "cannot encode a prompt"),
+    ("tokenizer.json", partial(Path.write_text, data="{}"), "must hold a tokenizer and a processor"),
+    ("chat_template.jinja", partial(Path.write_text, data="{% if %}"), "cannot encode a prompt"),
+    ("chat_template.jinja", partial(Path.write_text, data=LOOP), "it took more than 1 seconds"),
+    ("chat_template.jinja", Path.unlink, "cannot be run"),
+    ("adapter_config.json", partial(Path.write_text, data="{}"), "holds an adapter_config.json: give its base model"),
+]
+
+
+@pytest.mark.parametrize(("file", "damage", "words"), ODD_MODELS)
+def test_an_odd_model_folder_is_refused_in_one_message_and_bounded_time(copied, monkeypatch, file, damage, words):
+    monkeypatch.setattr(loading, "SECONDS", 1)
+    damage(copied / file)
+    with pytest.raises(PolicyError, match=words) as error:
+        load_policy(str(copied))
+    assert len(str(error.value)) < 1000
+
+
+def test_bitsandbytes_says_nothing_of_kernels_that_it_does_not_need():
+    code = "import sayo.model.loading, bitsandbytes"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
+
+
+def test_a_folder_of_four_bit_weights_is_read_as_such(policy, model_folders, tmp_path):
+    load_policy(model_folders["qwen3_vl"], lora_rank=0, load_in_4bit=True)[0].save_pretrained(tmp_path)
+    policy[1].save_pretrained(tmp_path)
+    assert load_policy(str(tmp_path), load_in_4bit=True)[0].is_loaded_in_4bit
+
+
+def test_shards_with_plain_names_are_read(copied, policy):
+    as_shard("model-00001-of-00001.safetensors")(copied / MODEL)
+    assert isinstance(load_policy(str(copied), lora_rank=0)[0], type(policy[0].get_base_model()))
 
 
 def test_a_revision_reaches_config_processor_and_weights(model_folders, monkeypatch):

@@ -2,7 +2,9 @@
 
 import json
 import math
+import os
 import re
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -184,6 +186,19 @@ UNFIT = [
     ({}, {}, "2 processes were started, of which Accelerate knows 1"),
     ({}, {"groups_per_step": 3}, "groups_per_step=3 is not a multiple of the number of processes, 2"),
 ]
+
+
+LEFT = ["FSDP_SHARDING_STRATEGY=foo", "ACCELERATE_USE_DEEPSPEED=true", "WORLD_SIZE=x", "LOCAL_RANK=x"]
+
+
+@pytest.mark.parametrize(("left", "flag"), [*((left, "--resume") for left in LEFT), ("LOCAL_RANK=0", "--plan")])
+def test_what_another_launch_left_in_the_environment_is_named(left, flag):
+    """Each ended in a traceback of another kind."""
+    environment = {**os.environ, "ACCELERATE_USE_FSDP": "true", **dict([left.split("=")])}
+    command = [sys.executable, "train_rl.py", "--output_dir", "/tmp/not/made", "--report_to", "none", flag]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+    assert result.returncode == 1 and "Traceback" not in result.stderr
+    assert re.search(rf"what the environment says \(.*{left}.*unset what an earlier launch left", result.stderr)
 
 
 @pytest.mark.parametrize(("environment", "settings", "message"), UNFIT)

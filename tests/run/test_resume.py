@@ -207,8 +207,8 @@ def test_what_would_be_another_run_is_refused(undisturbed, tmp_path, harm, setti
 @pytest.mark.parametrize(
     ("place", "name", "call"),
     [
-        (files, "write_whole", 1),  # config.yaml
-        (files, "write_whole", 2),  # run.json
+        (files, "write_whole", 1),  # run.json
+        (files, "write_whole", 2),  # config.yaml
         (files, "keep_steps_until", 2),
         (evaluate, "write_whole", 1),  # evaluation_before.json
         (train_rl, "train_step", 3),

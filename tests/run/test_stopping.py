@@ -7,10 +7,12 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
 from resumed_runs import SMALL, assert_equal, on_call, run
 
 import train_rl
@@ -106,6 +108,30 @@ def test_accelerate_launch_and_its_processes_end_in_order(tmp_path, processes, t
     words = f"stopped by {signal.Signals(number).name} after step {last}; resume with: accelerate"
     (line,) = [line for line in log.read_text().splitlines() if words in line]
     assert shlex.split(line.partition("accelerate ")[2]) == [*command, "--resume"]
+
+
+def test_two_processes_whose_log_reader_dies_of_the_same_ctrl_c_save(tmp_path):
+    """`accelerate launch ... 2>&1 | tee log`: handlers, launcher and bars write to a pipe that nobody reads."""
+    folder, log = tmp_path / "run", tmp_path / "log"
+    settings = SMALL | {"max_steps": 4000, "save_steps": 4000, "output_dir": folder, "eval_data": "none"}
+    command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--num_machines=1"]
+    command += ["--mixed_precision=no", "--dynamo_backend=no", "--num_processes=2", "--multi_gpu", "train_rl.py"]
+    command += [f"--{name}={value}" for name, value in settings.items()]
+    shell = ["bash", "-c", f"{shlex.join(command)} 2>&1 | tee {shlex.quote(str(log))}"]
+    options = {"env": os.environ | {"ACCELERATE_USE_CPU": "true"}, "start_new_session": True}
+    pipeline = subprocess.Popen(shell, stdout=subprocess.DEVNULL, **options)
+    try:
+        rows = folder / "metrics.jsonl"
+        wait_for(lambda: rows.exists() and rows.stat().st_size, log)
+        os.killpg(pipeline.pid, signal.SIGINT)
+        pipeline.wait(120)
+        lock = FileLock(folder / ".lock")
+        lock.acquire(timeout=120)  # the processes have ended
+        lock.release()
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(pipeline.pid, signal.SIGKILL)
+    assert whole_checkpoint(folder)[0].name == f"step-{len(rows.read_text().splitlines()):06d}"
 
 
 def wait_for(condition, log: Path, seconds: float = 200) -> None:

@@ -3,6 +3,7 @@
 import json
 import math
 from dataclasses import replace
+from itertools import combinations
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ import evaluate
 from evaluate import EvaluateConfig, evaluate_policy
 from reward import is_correct
 from rollout import sample_group
+from sayo.settings import ConfigError
 from sayo.show import tables
 from sayo.show.tables import METRICS, REPORTED, compare, compare_policies, format_table
 
@@ -87,3 +89,26 @@ def test_tas_of_right_and_of_wrong_answers():
     expected = {"base": (0.7, 0.3), "adapter": (0.9, 0.3), "difference": (0.1, 0.2)}
     for name, column in compare_policies(before, after).items():
         assert (column["tas_correct"][0], column["tas_wrong"][0]) == pytest.approx(expected[name]), name
+
+
+def test_several_samples_give_mean_and_pass_at_k_and_are_drawn_again_by_seed(tmp_path, capsys):
+    options = {"data": "scenes:heldout", "limit": 6, "max_new_tokens": 40, "num_samples": 5}
+    out = tmp_path / "out.json"
+    evaluate.main(EvaluateConfig(**options, json=str(out)))
+    found, said = json.loads(out.read_text()), capsys.readouterr().out
+    rows, summary = found["rows"]["base"], found["summary"]["base"]
+    assert "5 samples at temperature 1.0" in said and "pass@5" in said
+    for row in rows:
+        assert len(row["right"]) == len(row["texts"]) == 5 and row["accuracy"] == pytest.approx(sum(row["right"]) / 5)
+    assert len({text for row in rows for text in row["texts"]}) > len(rows)
+    for k in (1, 2, 4, 5):  # by counting the sets of k samples
+        sets = [[any(chosen) for chosen in combinations(row["right"], k)] for row in rows]
+        assert summary[f"pass@{k}"][0] == pytest.approx(np.mean([np.mean(values) for values in sets]))
+    assert summary["pass@1"][0] == pytest.approx(summary["accuracy"][0])
+    again = tmp_path / "again.json"
+    evaluate.main(EvaluateConfig(**options, json=str(again), sampling_tokens=1))
+    assert [row["texts"] for row in json.loads(again.read_text())["rows"]["base"]] == [row["texts"] for row in rows]
+    other = tmp_path / "folder"
+    evaluate.main(EvaluateConfig(**options | {"limit": 1}, output_dir=str(other)))
+    with pytest.raises(ConfigError, match="seed was 0, is 1"):
+        evaluate.main(EvaluateConfig(**options | {"limit": 1}, output_dir=str(other), seed=1))

@@ -101,11 +101,21 @@ def test_an_evaluation_that_was_stopped_goes_on(stop_at, tmp_path, counted, monk
     with monkeypatch.context() as patch, pytest.raises(Killed):
         on_call(patch, evaluate, "sample_groups", stop_at + 1, die)
         evaluate.main(long_config(tmp_path, "stopped"))
-    with (tmp_path / "stopped/vstar/base.jsonl").open("a") as file:
-        file.write('{"id": "39", "te')  # a line that was being written when the power went
+    with (tmp_path / "stopped/vstar/base.jsonl").open("ab") as file:  # as the power went: zeros, other rows, half a row
+        file.write(b"\0" * 600 + b'\n\xe7\xba\n{"id": "39"}\n[39]\n{"id": "39", "te')
     evaluate.main(long_config(tmp_path, "stopped"))
     assert counted == 2 * [str(n) for n in range(COUNT)]
     assert_same_files(tmp_path / "stopped", tmp_path / "undisturbed", "vstar/base.settings.json")
+
+
+@pytest.mark.parametrize("name", ["results.json", "table.txt", "vstar/base.jsonl"])
+def test_files_of_others_in_the_output_folder_are_named_and_left_alone(tmp_path, counted, name):
+    (tmp_path / "out/vstar").mkdir(parents=True)
+    (tmp_path / "out" / name).write_text('{"id": "mine"}\n')
+    with pytest.raises(ConfigError, match=f"{Path(name).name}.*give another (--output_dir|place)"):
+        evaluate.main(long_config(tmp_path, "out"))
+    found = [path for path in (tmp_path / "out").rglob("*") if path.is_file()]
+    assert found == [tmp_path / "out" / name] and found[0].read_text() == '{"id": "mine"}\n' and counted == []
 
 
 def assert_same_files(first: Path, second: Path, *more: str) -> None:

@@ -83,6 +83,15 @@ FORMAT_TABLE = [
     ("I look. <answer><answer>red</answer></answer>", 0.0, "nested"),
     ("I look.\n<answer>\ntwo words\n</answer>\n", 1.0, "on lines of their own"),
     ("", 0.0, "nothing at all"),
+    ("<think></think>\n<answer>red</answer>", 0.0, "empty thinking is no reasoning"),
+    ("<think>\n\n</think>\n\n<answer>red</answer>", 0.0, "white space in it neither"),
+    ("</think><answer>red</answer>", 0.0, "nor its end alone"),
+    ("<think>It is red.</think>\n<answer>red</answer>", 1.0, "thinking is reasoning"),
+    ("It is red.</think>\n<answer>red</answer>", 1.0, "thinking that the prompt began"),
+    ("<think></think> It is red. <answer>red</answer>", 1.0, "reasoning behind empty thinking"),
+    ("<think>I end with <answer></answer>.</think>\n<answer>red</answer>", 1.0, "tags quoted in the thinking"),
+    ("<think>It is <answer>red</answer></think>", 0.0, "no answer behind the thinking"),
+    ("<think>A</think> <answer>red</answer> <answer>blue</answer>", 0.0, "two answers behind the thinking"),
     ("I <b>look</b>. <answer>a < b</answer>", 1.0, "other tags and signs are text"),
 ]
 
@@ -91,7 +100,7 @@ FORMAT_TABLE = [
 def test_format_reward(text, expected, reason):
     assert format_reward(text, 50) == expected, reason
     if expected:
-        assert reward.extract_answer(text) == text.split("answer>")[1].removesuffix("</").strip()
+        assert reward.extract_answer(text) == text.split("answer>")[-2].removesuffix("</").strip()
 
 
 def test_format_reward_in_the_length_window_of_the_released_script():

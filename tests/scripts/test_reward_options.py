@@ -17,7 +17,7 @@ from reward import RewardConfig, memory_reward, region_reward, score_group, sele
 from rollout import Group, group_generator, sample_group
 from sayo.extensions.ease import ease_layer, ease_loss, target_map
 from sayo.model.families import PolicyError
-from sayo.model.forward import token_statistics
+from sayo.model.forward import attention_maps, token_statistics
 from sayo.model.loading import load_policy
 from sayo.model.prompts import base_model, encode_prompt, token_cells
 from train_rl import AdaptiveBeta, Config, TrainState, train_step
@@ -72,6 +72,53 @@ def eager_rows(model, prompt, completion, layer):
         inputs[name] = torch.nn.functional.pad(inputs[name], (0, len(completion)))
     attention = base_model(model)(**inputs, output_attentions=True).attentions[layer][0].mean(0)  # (S, S)
     return attention[len(prompt.input_ids) :][:, prompt.image_token_index]
+
+
+def test_the_region_reward_of_inner_tokens_alone(policy, group):
+    """border_mask takes the edge out of the region and out of the picture, whose masses are sums over what is left."""
+    scores = score_group(policy[0], group, RewardConfig(border_mask=True))
+    inner = ~group.prompt.border
+    assert 0 < group.prompt.coverage @ inner.float() < group.prompt.coverage.sum(), "the border is part of the region"
+    for number, (completion, length) in enumerate(zip(group.completions, group.lengths, strict=True)):
+        rows = attention_maps(policy[0], group.prompt, completion)[:length]  # (n, N)
+        expected = region_reward(rows @ (group.prompt.coverage * inner), rows[:, inner].sum(1))
+        assert float(scores["region"][number]) == pytest.approx(expected, abs=1e-5)
+
+
+def test_an_empty_completion_has_the_lowest_reward_and_no_attention_score(policy, group):
+    """EOS at once: -1 is what it gets; as a TAS, 0 would be a measurement of no token."""
+    group.completions[0], group.truncated[0] = torch.tensor([policy[1].tokenizer.eos_token_id]), False
+    scores = score_group(policy[0], group, RewardConfig())
+    assert group.lengths[0] == 0 and scores["attention"][0] == -1
+    assert scores["tas"][0].isnan() and scores["tas_selected"][0].isnan()
+    assert not scores["tas"][1:].isnan().any() and not scores["tas_selected"][1:].isnan().any()
+
+
+def test_an_end_at_the_very_last_allowed_token_is_an_end(policy, examples):
+    """The same random numbers with a limit that the completion's EOS meets exactly, and one token less."""
+    options = {"num_generations": 8, "generator": None, "temperature": 1.5}
+
+    def sampled(limit: int):
+        return sample_group(
+            *policy, examples[0], **options | {"max_new_tokens": limit, "generator": group_generator(3)}
+        )
+
+    free = sampled(40)
+    ended = [number for number in range(8) if not free.truncated[number]]
+    assert ended, "some completion ends by itself"
+    for number in ended:
+        length = len(free.completions[number])
+        exact, shorter = sampled(length), sampled(length - 1) if length > 1 else None
+        torch.testing.assert_close(exact.completions[number], free.completions[number])
+        assert not exact.truncated[number] and exact.lengths[number] == length - 1
+        assert shorter is None or (shorter.truncated[number] and shorter.lengths[number] == length - 1)
+
+
+def test_a_reward_sees_the_fields_that_every_script_has(policy, group, monkeypatch):
+    """One that reads max_new_tokens would train, and break `python reward.py`: it fails in both."""
+    monkeypatch.setitem(reward.COMPONENTS, "format", lambda completion: float(completion.config.max_new_tokens))
+    with pytest.raises(AttributeError, match="max_new_tokens"):
+        score_group(policy[0], group, Config(max_new_tokens=30))
 
 
 def test_the_gate_gives_wrong_completions_the_lowest_attention_reward(policy, group):
@@ -257,6 +304,7 @@ def test_a_model_with_linear_attention_has_no_such_loss(policies):
         (1e-3, 0.08, 0.05, 2e-3, "above 1.5 targets"),
         (1e-3, 0.07, 0.05, 1e-3, "near the target nothing changes"),
         (4e-3, 0.03, 0.05, 2e-3, "below two thirds of it"),
+        (4e-3, 0.04, 0.05, 4e-3, "below the target, but not far"),
         (1e-3, 0.0, 0.05, 1e-3, "never below the beta of the settings"),
         (8.0, 9.0, 0.05, 10.0, "never above 10"),
         (1e-3, 9.0, None, 1e-3, "no target"),

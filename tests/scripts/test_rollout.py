@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import FAMILIES, without, write_jsonl
+from conftest import FAMILIES, GOOD, without, write_jsonl
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -18,7 +18,7 @@ from rollout import RolloutConfig, group_generator, sample_group, sample_groups
 from sayo.examples.load import load_examples
 from sayo.examples.pictures import DataError
 from sayo.model.loading import load_policy
-from sayo.model.prompts import base_model, check_prompts, encode_prompt
+from sayo.model.prompts import _most_tokens, bad_prompts, base_model, check_prompts, encode_prompt
 from sayo.model.sampling.tokens import choose_tokens, eos_token_ids, suppressed_token_ids
 from sayo.run.files import keep_steps_until
 from sayo.settings import ConfigError, read_jsonl
@@ -300,3 +300,23 @@ def test_modules_import_silently():
     assert "import train_rl\n" in code and "import sayo.run.folder\n" in code
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
     assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
+
+
+def test_short_prompts_are_not_tokenized(folder, policy, monkeypatch):
+    """38,575 prompts took minutes; the bytes of a text bound its tokens, also where a tokenizer takes letters apart."""
+    texts = ["What color?", "什么颜色？🚀", "\ufdfa" * 50, "\u1e9b\u0323" * 50]
+    lengths = [len(policy[1].tokenizer(text).input_ids) for text in texts]
+    assert all(_most_tokens(text) >= length for text, length in zip(texts, lengths, strict=True))
+    data = load_examples(write_jsonl(folder, *(GOOD | {"question": text} for text in [*texts, "long " * 3000])))
+    called, tokenizer = [], policy[1].tokenizer
+    monkeypatch.setattr(type(tokenizer), "__call__", counted(type(tokenizer).__call__, called))
+    found = bad_prompts(2000, policy[1], data, None, 16)
+    assert [index for index, _ in found] == [4] and 0 < len(called) < 5
+
+
+def counted(function, called: list):
+    def count(*arguments, **options):
+        called.append(1)
+        return function(*arguments, **options)
+
+    return count

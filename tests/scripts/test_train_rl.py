@@ -238,7 +238,9 @@ def test_the_parts_of_any_advantage_add_up_to_its_squares(rows, kind):
 
 
 def test_every_component_has_a_weight():
-    assert {f"{name}_weight" for name in COMPONENTS} == {f.name for f in fields(RewardConfig) if "weight" in f.name}
+    assert {f"{name}_weight" for name in COMPONENTS} == {
+        f.name for f in fields(RewardConfig) if f.name.endswith("_weight")
+    }
     assert list(reward_weights(Config())) == list(COMPONENTS)
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from sayo.model.attention import PROBED_ATTENTION
-from sayo.model.families import PolicyError
+from sayo.model.families import not_finite
 from sayo.model.forward import attention_name, forward_hidden
 from sayo.model.packing import Tokens, model_layout, packed_layout
 from sayo.model.prompts import base_model, prompt_positions
@@ -196,11 +196,7 @@ class Decoding:
         """
         ended, finite = torch.stack([self.ended, self.finite]).cpu()
         if not finite.all():
-            dtype = str(self.sampler.hidden.dtype).removeprefix("torch.")
-            raise PolicyError(
-                f"dtype: the model's activations are not finite in {dtype}; give --dtype bfloat16, or float32 where "
-                "the GPU has no bfloat16"
-            )
+            raise not_finite(self.sampler.model)
         if (alive := ~ended).any():
             self._drop_ended(alive.view(self.sampler.grid))
         return bool(alive.any())

@@ -35,7 +35,7 @@
   const verdict = (answer) => (answer.correct ? "✓ right" : "✗ wrong");
 
   // Characters that show nothing, or that turn the text around them, are written out.
-  const UNSEEN = /[\u0000-\u0008\u000b-\u001f\u007f-\u009f\u00ad\u061c\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff]/g;
+  const UNSEEN = /(?![\t\n])[\p{Default_Ignorable_Code_Point}\p{Cc}\u2028\u2029\ufff9-\ufffb]/gu;
   function visible(text) {
     return text.replace(UNSEEN, (c) => `⟨U+${c.codePointAt(0).toString(16).toUpperCase().padStart(4, "0")}⟩`);
   }
