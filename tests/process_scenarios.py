@@ -64,7 +64,7 @@ def finished(process: subprocess.Popen, timeout: float = 300) -> subprocess.Comp
         out, err = process.communicate(timeout=timeout)
     except subprocess.TimeoutExpired:
         process.terminate()  # the launcher ends its own processes
-        out, err = process.communicate(timeout=60)
+        out, err = process.communicate(timeout=300)
         raise AssertionError(f"still running after {timeout} s: {err[-3000:]}") from None
     return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 

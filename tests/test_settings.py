@@ -172,7 +172,7 @@ COMMANDS = [
 @pytest.mark.parametrize(("command", "words"), COMMANDS)
 def test_a_command_with_a_problem_fails_with_one_message(tmp_path, command, words):
     command = [sys.executable, *command.format(tmp=tmp_path).split()]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    result = subprocess.run(command, capture_output=True, text=True, timeout=1200)
     assert result.returncode != 0 and "Traceback" not in result.stderr
     assert all(word in result.stderr for word in words.split("|")), result.stderr
 

@@ -16,8 +16,8 @@ import datasets
 from tqdm import tqdm
 
 from data.prepare.folder import PrepareConfig
-from sayo.examples.pictures import DataError
-from sayo.examples.rows import is_saved, open_dataset
+from sayo.examples.pictures import DataError, DataFolder
+from sayo.examples.rows import data_files, is_saved, open_dataset
 from sayo.settings import ConfigError, option
 
 CHUNK = 1 << 20  # bytes
@@ -122,6 +122,8 @@ def open_table(data: str, split: str, revision: str | None, columns: Sequence[st
             name = str(path) if path.exists() else data
             if features := datasets.load_dataset_builder(name, revision=revision).info.features:  # from its README
                 _check_columns(data, features, wanted, image_column)
+        if path.is_dir():
+            data_files(path, split, DataFolder(path))
         dataset = open_dataset(data, split, revision)
     except ConfigError:
         raise

@@ -135,7 +135,7 @@ def test_the_command_takes_the_file_first(folder):
     write_jsonl(folder, GOOD, without("boxes") | {"mask": "mask.png", "id": "m"}, name="more.jsonl")
     for name in ("train.jsonl", "more.jsonl"):
         command = [sys.executable, "-m", "data.check", str(folder / name), "--sheet", str(folder / "sheet.png")]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=600)
         assert done.returncode == 0, done.stderr
         assert "2 good rows, 0 bad" in done.stdout
         assert Image.open(folder / "sheet.png").size[0] >= 800

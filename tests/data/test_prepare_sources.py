@@ -206,3 +206,16 @@ def test_the_order_is_that_of_every_machine():
     assert random_order(10, 0).tolist() == [3, 7, 5, 2, 8, 4, 9, 1, 6, 0]
     assert sorted(random_order(1000, 7).tolist()) == list(range(1000))
     assert random_order(0, 0).tolist() == []
+
+
+def test_a_saved_folder_that_leads_out_of_itself_is_refused(tmp_path):
+    saved, other = tmp_path / "saved", tmp_path / "secret.arrow"
+    pictures = datasets.Features({"a": datasets.Value("string"), "image": datasets.Image()})
+    datasets.Dataset.from_dict({"a": ["x"], "image": [None]}, features=pictures).save_to_disk(str(saved))
+    state = json.loads((saved / "state.json").read_text())
+    other.write_bytes((saved / state["_data_files"][0]["filename"]).read_bytes())
+    assert open_table(str(saved), "train", None, ["a"], "image")["a"] == ["x"]
+    state["_data_files"][0]["filename"] = "../secret.arrow"
+    (saved / "state.json").write_text(json.dumps(state))
+    with pytest.raises(ConfigError, match="lies outside"):
+        open_table(str(saved), "train", None, ["a"], "image")

@@ -186,7 +186,7 @@ def test_splitting_takes_no_time():
     begin = time.perf_counter()
     for text in ("(A) " * 5000, "A: " * 5000, "A. B. " * 3000, ", " * 20000, " " * 50000, "x" + " " * 19000 + "y"):
         split_options(text)
-    assert time.perf_counter() - begin < 5
+    assert time.perf_counter() - begin < 20
 
 
 def test_the_papers_figures_are_found_by_the_name_of_the_model_alone():

@@ -41,13 +41,13 @@ def test_no_answer_takes_long(text, one_second):
     examples = [MATH_CHOICES, FOUR, PETS, NUMBER, CHART, YES, LIST, LETTER, {"answer": "red"}]
     begin = time.perf_counter()
     assert not any(is_correct(text, example) for example in examples)
-    assert time.perf_counter() - begin < 10
+    assert time.perf_counter() - begin < 40
 
 
 def test_mathematics_goes_on_after_an_answer_that_was_stopped(one_second):
     begin = time.perf_counter()
     assert not math_answers.same_value("4", "9^{9^{9^{9}}}")
-    assert 0.9 < time.perf_counter() - begin < 5
+    assert 0.9 < time.perf_counter() - begin < 20
     assert math_answers.same_value("\\frac{1}{2}", "\\frac{2}{4}")
 
 

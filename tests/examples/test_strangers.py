@@ -181,7 +181,7 @@ def test_a_pipe_called_picture_does_not_stop_everything(folder):
     for path in ("pipe.png", "/dev/zero"):
         with pytest.raises(DataError, match="cannot be read: it is a pipe or a device"):
             load_examples(write_jsonl(folder, GOOD | {"image": path}), allowed_folders=["/"])
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < 20
 
 
 def test_large_pictures_are_decoded_one_at_a_time(folder, monkeypatch):
@@ -270,7 +270,7 @@ def test_yaml_that_is_no_settings_is_one_short_message_at_once(tmp_path, text, w
     began = time.monotonic()
     with pytest.raises(ConfigError, match=words) as raised:
         read_config(Config, ["--config", "run.yaml"])
-    assert time.monotonic() - began < 20 and len(str(raised.value)) < 30_000
+    assert time.monotonic() - began < 60 and len(str(raised.value)) < 30_000
     assert not Path("ran").exists()
 
 

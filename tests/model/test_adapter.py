@@ -388,9 +388,9 @@ def test_an_interrupted_merge_leaves_no_folder_that_looks_whole(saved, tmp_path,
 def test_the_merge_command_says_where_the_model_is_and_that_another_base_was_given(saved, model_folders, tmp_path):
     other = shutil.copytree(model_folders["qwen3_vl"], tmp_path / "other")
     command = [sys.executable, "-m", "tools.merge", *(f"--{name}={value}" for name, value in saved[2].items())]
-    result = subprocess.run([*command, "--model", str(other)], capture_output=True, text=True, timeout=300)
+    result = subprocess.run([*command, "--model", str(other)], capture_output=True, text=True, timeout=1200)
     assert result.returncode == 0, result.stderr
     assert f"merged model and processor -> {tmp_path / 'merged'}" in result.stdout
     assert "the adapter was made for 'data/tiny_policy'" in result.stderr
-    again = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    again = subprocess.run(command, capture_output=True, text=True, timeout=1200)
     assert again.returncode == 1 and "exists: give another name" in again.stderr

@@ -233,7 +233,7 @@ EXAMPLES = st.one_of(
 def test_the_answer_check_never_raises_and_never_takes_long(text, row):
     began = time.perf_counter()
     verdict = is_correct(text, row)
-    assert time.perf_counter() - began < 1
+    assert time.perf_counter() - began < 5
     assert isinstance(verdict, bool)
     block = extract_answer(text)
     if text.count("<answer>") != 1 or text.count("</answer>") != 1:

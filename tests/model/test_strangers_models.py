@@ -217,7 +217,7 @@ def test_an_odd_model_folder_is_refused_in_one_message_and_bounded_time(copied, 
 
 def test_bitsandbytes_says_nothing_of_kernels_that_it_does_not_need():
     code = "import sayo.model.loading, bitsandbytes"
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=1200)
     assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
 
 

@@ -54,7 +54,7 @@ def run_child(folder: Path, *flags: str, redirect: str = "", **environment: str)
     known = os.environ | {"DONE": str(folder / "done"), "PYTHONPATH": os.getcwd()} | environment
     command = shlex.join([sys.executable, str(folder / "child.py"), *flags])
     shell = ["bash", "-c", f"set -o pipefail; {command} {redirect}"]
-    found = subprocess.run(shell, capture_output=True, env=known, timeout=120)
+    found = subprocess.run(shell, capture_output=True, env=known, timeout=600)
     assert (folder / "done").read_text() == "done", found.stderr  # no stream's number was given to this file
     return found.returncode, *(part.decode("utf-8", "replace") for part in (found.stdout, found.stderr))
 
@@ -126,7 +126,7 @@ def assert_saved_at_the_end(folder: Path) -> None:
 
 def test_a_run_whose_log_is_full_is_finished(tmp_path):
     with open("/dev/full", "wb") as log:
-        result = subprocess.run(command_of(tmp_path / "run", max_steps=2), stdout=log, stderr=log, timeout=600)
+        result = subprocess.run(command_of(tmp_path / "run", max_steps=2), stdout=log, stderr=log, timeout=2400)
     assert result.returncode == 0 and (tmp_path / "run/adapter/README.md").exists()
 
 

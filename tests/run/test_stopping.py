@@ -57,7 +57,7 @@ with StopSignals() as stop:
     time.sleep(1)
     print("still here")
 """
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=600)
     assert result.returncode == 130 and "still here" not in result.stdout
     assert "SIGTERM: saving after this step" in result.stderr and "stopped at once" in result.stderr
 
@@ -126,7 +126,7 @@ def test_two_processes_whose_log_reader_dies_of_the_same_ctrl_c_save(tmp_path):
         os.killpg(pipeline.pid, signal.SIGINT)
         pipeline.wait(120)
         lock = FileLock(folder / ".lock")
-        lock.acquire(timeout=120)  # the processes have ended
+        lock.acquire(timeout=600)  # the processes have ended
         lock.release()
     finally:
         with suppress(ProcessLookupError):

@@ -56,7 +56,7 @@ def run(tmp_path_factory):
     environment = {"SAYO_NOTEBOOK_EMBEDDED": "1", "HF_HUB_OFFLINE": "1", "PIP_NO_INDEX": "1", "HOME": str(content)}
     environment |= {"SAYO_NOTEBOOK_STEPS": str(STEPS), "SAYO_NOTEBOOK_TEST_QUESTIONS": str(TEST_QUESTIONS)}
     environment |= {"PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])}
-    client = NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(content)}})
+    client = NotebookClient(notebook, timeout=2400, resources={"metadata": {"path": str(content)}})
     with client.setup_kernel(env=os.environ | environment), pytest.raises(CellExecutionError) as stopped:
         for index, cell in enumerate(notebook.cells):
             if cell.id == "train-again":

@@ -298,7 +298,7 @@ def test_modules_import_silently():
     paths = sorted(path for path in [*Path().glob("*.py"), *paths] if path.stem != "__init__")
     code = "\n".join(f"import {'.'.join(path.with_suffix('').parts)}" for path in paths)
     assert "import train_rl\n" in code and "import sayo.run.folder\n" in code
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=1200)
     assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
 
 

@@ -165,7 +165,7 @@ def test_the_grid_through_the_real_commands(tmp_path):
     command += ["--limit", "4", "--output_dir", str(tmp_path / "out"), "--work_dir", str(tmp_path / "work")]
 
     def run_grid():
-        done = subprocess.run(command, capture_output=True, text=True, timeout=500)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=2000)
         assert done.returncode == 0, done.stderr
         return json.loads((runs / "beta-0-0.json").read_text())
 
@@ -226,7 +226,7 @@ def test_a_grid_that_is_stopped_stops_its_runs(tmp_path, number):
         time.sleep(0.05)
     process.send_signal(number)
     assert process.wait(100) != 0
-    _, alive = psutil.wait_procs(children, timeout=60)
+    _, alive = psutil.wait_procs(children, timeout=300)
     assert children and not alive
 
 
