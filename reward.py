@@ -64,9 +64,12 @@ class RewardConfig(Settings):
             found.append("attention_layers=[]: give at least one layer number, -1 for the last")
         for entry in self.reward_weights or ():
             try:
-                parse_weight(entry)
+                name, weight = parse_weight(entry)
             except ValueError:
                 found.append(f"reward_weights={entry!r}: give name=number, such as brevity=0.5")
+                continue
+            if name in (*COMPONENTS, *NOT_REWARDED) or not math.isfinite(weight):
+                found.append(f"reward_weights={entry!r}: give a finite weight of a reward in reward_file")
         try:
             own_rewards(tuple(self.reward_file or ()))
         except ConfigError as error:
@@ -334,7 +337,12 @@ def score_statistics(group: Group, config) -> dict[str, Tensor]:
         row["tas_selected"] = (1 + completion.attention()) / 2 if has_tas else math.nan
         rows.append(row)
     names = dict.fromkeys(name for row in rows for name in row)
-    scores = {name: torch.tensor([row.get(name, math.nan) for row in rows]) for name in names}  # (G,)
+    if missing := {name for row in rows for name in names if name not in row}:
+        listed = ", ".join(sorted(missing))
+        raise ConfigError(
+            f"reward_file: {listed} for some completions of {group.example.get('id')!r} only; give it for all"
+        )
+    scores = {name: torch.tensor([row[name] for row in rows]) for name in names}  # (G,)
     if config.attention_normalized and len(rows) > 1:
         scores["attention"] = normalized(scores["attention"])
     scores["total"] = sum(weight * scores[name] for name, weight in reward_weights(config, scores).items())

@@ -96,7 +96,7 @@ class Config(RegionsConfig, RewardConfig, SamplingConfig, PolicyConfig):
     eval_split: str = option("test", "Split of eval_data.")
     eval_box_format: str = option("same", "Box format of eval_data; same: box_format.", ("same", *BOX_FORMATS))
     eval_fields: list[str] | None = option(
-        None, "Columns of eval_data, like fields; none: sayo's own. Default: fields."
+        None, "Columns of eval_data, by default as in fields; the word none: sayo's own."
     )
     eval_limit: int | None = option(512, "Evaluate on the first N examples of eval_data.", at_least=1)
     report_to: str = option("tensorboard", "Where to log: an Accelerate tracker.", ("tensorboard", "wandb", "none"))
@@ -121,7 +121,7 @@ class Config(RegionsConfig, RewardConfig, SamplingConfig, PolicyConfig):
             found.append(f"num_generations={self.num_generations}: give 2 or more; advantages compare completions")
         if self.report_to in ("tensorboard", "wandb") and find_spec(self.report_to) is None:
             found.append(f"report_to={self.report_to!r} is not installed: pip install {self.report_to}, or give none")
-        if not any(reward_weights(self).values()) and not self.reward_file:
+        if not any(getattr(self, f"{name}_weight") for name in COMPONENTS) and not self.reward_file:
             found.append(f"{', '.join(f'{name}_weight' for name in COMPONENTS)} are all 0: nothing would be rewarded")
         if self.kl_target and not self.beta:
             found.append(f"kl_target={self.kl_target} with beta=0.0: give a beta above 0, where it starts (1e-3)")
@@ -160,6 +160,12 @@ class Config(RegionsConfig, RewardConfig, SamplingConfig, PolicyConfig):
         if temperature not in (None, self.temperature):
             taken = f"log-probs of the ratio are taken at temperature={self.temperature}"
             found.append(f"sampling_temperature={temperature}: {taken}; the update is off-policy by the difference")
+        unread = {"sapo": ("clip_low", "clip_high", "clip_dual"), "cispo": ("clip_low", "clip_dual")}.get(
+            self.loss_type, ()
+        )
+        usual = Config(loss_type=self.loss_type, importance_sampling_level=self.importance_sampling_level)
+        if given := [name for name in unread if getattr(self, name) != getattr(usual, name)]:
+            found.append(f"{', '.join(given)}: loss_type={self.loss_type} does not read it")
         moved = ["importance_sampling_level"] * (self.importance_sampling_level != "token")
         moved += ["clip_dual"] * (self.clip_dual is not None) + ["loss_type"] * (self.loss_type in ("cispo", "sapo"))
         if moved and self.num_iterations == 1:
@@ -397,6 +403,7 @@ def replace_equal_groups(
         for number, group in zip(waiting, sampled, strict=True):
             groups[number] = group
         count += len(waiting)
+    sync_forwards(model)  # other ranks may still sample
     total = accelerator.reduce(torch.tensor(float(count), device=accelerator.device), "sum").item()
     return {"resampled_groups": total / config.groups_per_step}
 

@@ -6,11 +6,13 @@
 `--reward_file mine.py` takes every public function of the file, `mine.py:brevity` one of them.
 """
 
+import importlib.util
 import math
+import sys
 from collections.abc import Callable, Container
 from functools import lru_cache
 from pathlib import Path
-from types import FunctionType, ModuleType
+from types import FunctionType
 
 from sayo.settings import ConfigError
 
@@ -27,13 +29,14 @@ def own_rewards(files: tuple[str, ...]) -> dict[str, Callable]:
         path = Path(f"{stem}.py" if only else name).expanduser()
         if not path.is_file():
             raise ConfigError(f"reward_file={name!r}: there is no such file; give FILE.py or FILE.py:function")
-        module = ModuleType(path.stem)
+        spec = importlib.util.spec_from_file_location(f"own_rewards_{len(found)}_{path.stem}", path)
+        module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
         try:
-            exec(compile(path.read_text(encoding="utf-8"), str(path), "exec"), vars(module))
+            spec.loader.exec_module(module)
         except Exception as error:
             raise ConfigError(f"reward_file={name!r}: {type(error).__name__}: {error}") from error
         own = {key: value for key, value in vars(module).items() if isinstance(value, FunctionType)}
-        own = {key: value for key, value in own.items() if value.__module__ == path.stem and not key.startswith("_")}
+        own = {key: value for key, value in own.items() if value.__module__ == spec.name and not key.startswith("_")}
         if not own or (only and only not in own):
             raise ConfigError(f"reward_file={name!r}: no such function; its public ones are {', '.join(own) or 'none'}")
         found |= {f"{path}:{key}": function for key, function in own.items() if key == only or not only}

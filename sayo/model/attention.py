@@ -247,6 +247,8 @@ def kernel_for(device: torch.device, dtype: torch.dtype, heads: int, kv_heads: i
     try:
         difference = difference_to_copies(kernel, device, dtype, heads, kv_heads, width)
         problem = "" if difference < (1e-4 if dtype == torch.float32 else 0.03) else f"{difference:.2g} off"
+    except torch.OutOfMemoryError:
+        raise  # which says nothing about the kernel
     except (RuntimeError, TypeError, ValueError) as error:
         problem = str(error)
     if problem:

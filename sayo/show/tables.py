@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 
 METRICS = ("accuracy", "format", "tas", "tas_selected", "length", "truncated")  # in every row
-# What is summarized: TAS also of the examples that were answered right, and of those answered wrong.
+# What is summarized: TAS also of the examples whose answers are all right, and of those whose answers are all wrong.
 REPORTED = ("accuracy", "format", "tas", "tas_correct", "tas_wrong", "tas_selected", "length", "truncated")
 
 

@@ -274,3 +274,17 @@ def test_the_comparison_on_a_card_finds_what_is_off(kernel):
             return attention.CpuFlash.backward(gradient * 1.5, *others)
 
     assert attention.difference_to_copies(Off, *options) > 0.2
+
+
+def test_padding_stays_hidden_when_the_group_with_the_longest_prompt_has_left():
+    """The buffers keep the length of the longest prompt of the prefill."""
+    groups, (query, key, value) = make([(3, (2, 2)), (10, (2, 2))])
+    expected = plain(query, key, value, dense_mask(groups))
+    cache, prompts = SamplingCache([3, 10], 2, 2), torch.cat([torch.arange(3), 7 + torch.arange(10)])
+    cache.store_prompts(0, key[:, :, prompts], value[:, :, prompts])
+    cache.keep(torch.tensor([0]), torch.tensor([[0, 1]]))
+    at = torch.tensor([3, 5])  # the first token of each completion of the short prompt
+    cache.begin_token(torch.tensor([0]), window=2)
+    with torch.no_grad():
+        found = cache.attend(0, *(part[0, :, at].transpose(0, 1) for part in (query, key, value)), SCALING)
+    torch.testing.assert_close(found.double(), expected[0, :, at].transpose(0, 1), atol=1e-5, rtol=1e-5)

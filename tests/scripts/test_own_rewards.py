@@ -13,6 +13,7 @@ import reward
 from reward import RewardConfig, score_group
 from rollout import group_generator, sample_group
 from sayo.settings import ConfigError
+from train_rl import Config
 
 PAGE = (Path(__file__).parents[2] / "docs" / "rewards.md").read_text(encoding="utf-8")
 
@@ -129,3 +130,30 @@ def test_what_a_function_does_wrong_names_it_and_the_example(policy, group, tmp_
     with pytest.raises(ConfigError) as error:
         score_group(policy[0], group, RewardConfig(reward_file=[str(file)]))
     assert all(part in str(error.value) for part in (f"{file}:f", repr(group.example["id"]), words, "return a number"))
+
+
+def test_weights_that_would_do_nothing_are_problems():
+    for entry in ("accuracy=0", "tas=1", "brevity=nan", "brevity=inf"):
+        assert Config(reward_weights=[entry]).problems() == [
+            f"reward_weights={entry!r}: give a finite weight of a reward in reward_file"
+        ]
+    assert "give name=number" in Config(reward_weights=["brevity"]).problems()[0]
+
+
+def test_a_file_is_a_module_like_any_other(policy, group, tmp_path):
+    """With annotations that are read later, dataclasses, and a path of its own."""
+    file = tmp_path / "m.py"
+    file.write_text(
+        "from __future__ import annotations\nfrom dataclasses import dataclass\nfrom pathlib import Path\n"
+        "@dataclass\nclass Part:\n    value: float\nHERE = Path(__file__).name\n"
+        "def f(c) -> float:\n    return Part(len(HERE)).value\n"
+    )
+    assert score_group(policy[0], group, RewardConfig(reward_file=[str(file)]))["f"].tolist() == [4.0] * 4
+
+
+def test_a_number_that_only_some_completions_get_is_named(policy, group, tmp_path):
+    file = tmp_path / "m.py"
+    file.write_text(f"def f(c): return {{'one': 1, **({{'more': 2}} if c.text == {group.texts[0]!r} else {{}})}}")
+    group.texts[1] += " other"
+    with pytest.raises(ConfigError, match="reward_file: more for some completions of .* only; give it for all"):
+        score_group(policy[0], group, RewardConfig(reward_file=[str(file)]))

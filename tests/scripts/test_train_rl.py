@@ -135,6 +135,18 @@ def test_clips_are_those_of_the_method_where_none_is_given():
         assert (config.clip_low, config.clip_high) == clips
 
 
+def test_clips_that_a_loss_does_not_read_are_noted():
+    for options, names in (
+        (
+            {"loss_type": "sapo", "clip_low": 0.1, "clip_dual": 3.0},
+            "clip_low, clip_dual: loss_type=sapo does not read it",
+        ),
+        ({"loss_type": "cispo", "clip_low": 0.3}, "clip_low: loss_type=cispo does not read it"),
+    ):
+        assert names in Config(**options).notes()[0]
+    assert not Config(loss_type="cispo", clip_high=3.0, num_iterations=2).notes()
+
+
 def test_advantages_of_tokens_weigh_each_token():
     new, old = (ragged((3, 2), seed) for seed in (1, 2))
     options = WITHOUT_KL | {"loss_type": "grpo"}

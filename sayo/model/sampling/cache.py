@@ -61,7 +61,7 @@ class SamplingCache:
         prompt_keys, prompt_values = (part.flatten(0, 1) for part in self.prompts[layer])  # (B H_kv, P, d)
         repeats, num_prompt = heads // num_kv, prompt_keys.shape[1]
         queries = query.view(groups, rows, num_kv, repeats, width).transpose(1, 2).flatten(2, 3).flatten(0, 1)
-        beta = int(len(set(self.lengths)) > 1)  # without padding there is nothing to mask
+        beta = int(min(self.lengths) < num_prompt)  # without padding there is nothing to mask
         on_prompt = torch.baddbmm(self.prompt_mask, queries, prompt_keys.mT, beta=beta, alpha=scaling)
         on_own = torch.baddbmm(self.own_mask, queries.reshape(-1, repeats, width), keys.mT, alpha=scaling)
         scores = torch.cat([on_prompt, on_own.view(len(on_prompt), -1, self.window)], dim=-1)
