@@ -278,9 +278,17 @@ def rewards_of(completion: Completion) -> dict[str, float]:
 
 
 def reward_weights(config, names: Iterable[str] = ()) -> dict[str, float]:
-    """The weight of every component, from anything with the fields of RewardConfig; of the user's own among `names`."""
+    """The weight of every component, from anything with the fields of RewardConfig; of the user's own among `names`.
+
+    Raises ConfigError for a weight of a name that is not among `names`, where these are given.
+    """
     given = dict(parse_weight(entry) for entry in config.reward_weights or ())
     own = {name: given.get(name, 1.0) for name in names if name not in (*COMPONENTS, *NOT_REWARDED)}
+    if names and (unknown := given.keys() - own.keys()):
+        there = ", ".join(own) or "none"
+        raise ConfigError(
+            f"reward_weights: no reward is called {', '.join(sorted(unknown))}; reward_file gives {there}"
+        )
     return {name: getattr(config, f"{name}_weight") for name in COMPONENTS} | own
 
 

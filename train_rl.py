@@ -45,6 +45,7 @@ from vlm import group_logprobs
 
 LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo")
 CLIPS = {"token": (0.2, 0.2), "sequence": (3e-4, 4e-4), "cispo": (1.0, 5.0)}  # defaults of clip_low and clip_high
+UNREAD = {"sapo": ("clip_low", "clip_high", "clip_dual"), "cispo": ("clip_low", "clip_dual")}  # settings, by loss_type
 SAPO_TEMPERATURES = (1.0, 1.05)  # of positive and of other advantages (SAPO, arXiv 2511.20347)
 SCALES, BASELINES, LEVELS = ("group", "batch", "none"), ("mean", "leave_one_out"), ("token", "sequence")
 OPTIMIZERS = ("adamw", "paged_adamw_8bit")
@@ -160,11 +161,8 @@ class Config(RegionsConfig, RewardConfig, SamplingConfig, PolicyConfig):
         if temperature not in (None, self.temperature):
             taken = f"log-probs of the ratio are taken at temperature={self.temperature}"
             found.append(f"sampling_temperature={temperature}: {taken}; the update is off-policy by the difference")
-        unread = {"sapo": ("clip_low", "clip_high", "clip_dual"), "cispo": ("clip_low", "clip_dual")}.get(
-            self.loss_type, ()
-        )
         usual = Config(loss_type=self.loss_type, importance_sampling_level=self.importance_sampling_level)
-        if given := [name for name in unread if getattr(self, name) != getattr(usual, name)]:
+        if given := [name for name in UNREAD.get(self.loss_type, ()) if getattr(self, name) != getattr(usual, name)]:
             found.append(f"{', '.join(given)}: loss_type={self.loss_type} does not read it")
         moved = ["importance_sampling_level"] * (self.importance_sampling_level != "token")
         moved += ["clip_dual"] * (self.clip_dual is not None) + ["loss_type"] * (self.loss_type in ("cispo", "sapo"))

@@ -132,7 +132,10 @@ def test_what_a_function_does_wrong_names_it_and_the_example(policy, group, tmp_
     assert all(part in str(error.value) for part in (f"{file}:f", repr(group.example["id"]), words, "return a number"))
 
 
-def test_weights_that_would_do_nothing_are_problems():
+def test_weights_that_would_do_nothing_are_problems(policy, group, page_file):
+    config = RewardConfig(reward_file=[f"{page_file}:brevity"], reward_weights=["brevty=0.5"])
+    with pytest.raises(ConfigError, match="no reward is called brevty; reward_file gives brevity"):
+        score_group(policy[0], group, config)
     for entry in ("accuracy=0", "tas=1", "brevity=nan", "brevity=inf"):
         assert Config(reward_weights=[entry]).problems() == [
             f"reward_weights={entry!r}: give a finite weight of a reward in reward_file"

@@ -1,4 +1,7 @@
-"""Sampling from a model: one token of every row at a time. Only Decoding.unfinished reads from the device."""
+"""Sampling from a model: one token of every row at a time.
+
+After a model's first token, only Decoding.unfinished reads from the device.
+"""
 
 from __future__ import annotations
 
@@ -58,6 +61,7 @@ class TreeSampler:
         return hidden
 
     def _agrees(self, hidden: Tensor, expected: Tensor) -> bool:
+        """Whether the Decoder's hidden states (m, D) are those of the layers; remembered by model."""
         bound = 1e-3 if hidden.dtype == torch.float32 else 0.1
         is_equal = (hidden - expected).float().norm() <= bound * expected.float().norm()
         if not expected.isfinite().all():
@@ -104,10 +108,12 @@ class RowSampler:
         self.cache.reorder_cache(torch.zeros(num_generations, dtype=torch.long, device=hidden.device))
 
     def feed(self, tokens: Tensor, position: Tensor, window: int) -> Tensor:
+        """As TreeSampler.feed; transformers' cache needs no window."""
         positions = (self.start + position).expand(self.axes, len(tokens), 1)  # (axes, m, 1)
         return forward_hidden(self.model, Tokens(tokens[:, None], positions), self.cache)[:, 0]
 
     def keep(self, groups: Tensor, rows: Tensor) -> None:
+        """Keep these rows (1, G') of the one group."""
         self.cache.reorder_cache(rows[0])
         self.grid = tuple(rows.shape)
 
@@ -118,7 +124,7 @@ def make_sampler(model, prompts, num_generations: int, max_new_tokens: int) -> T
 
 
 class Decoding:
-    """The rows of a sampler while tokens are drawn for them. Only `unfinished` reads from the device."""
+    """The rows of a sampler while tokens are drawn for them."""
 
     def __init__(
         self,
@@ -128,8 +134,8 @@ class Decoding:
         uniforms: Tensor,
         ends: Tensor,
         never: Tensor,
-        seen=None,
-        penalty=1.0,
+        seen: Tensor | None = None,
+        penalty: float = 1.0,
     ):
         """Args: uniforms (T, m); ends: ids that end a completion; never: ids that are not sampled.
 

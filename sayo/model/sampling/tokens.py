@@ -14,6 +14,7 @@ MAY_WAIT = ("cpu",)  # devices whose results the host may read at every token
 
 
 def may_wait(device: torch.device) -> bool:
+    """Whether the host may read from this device at every token: a CPU has nothing to wait for."""
     return device.type in MAY_WAIT
 
 
